@@ -1,0 +1,39 @@
+"""Knobs of `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raylign.config.section import Section
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class EvaluateConfig(Section):
+    """`python -m jobs.evaluate`: lm-eval tasks on models served by vLLM, side by side."""
+
+    models: dict[str, Path] = {}
+    """Name to directory; the run's own `pretrain`, `sft` and `align` stages when empty."""
+    tasks: tuple[str, ...] = ("arithmetic", "english")
+    """lm-eval task names; `arithmetic` and `english` are made from the run's held-out data."""
+    task_path: Path | None = None
+    """Directory with further lm-eval task files."""
+    limit: int | None = Field(default=None, ge=1)
+    """Documents a task; all when not given."""
+    max_tokens: Count = 96
+    """Longest answer."""
+    backend: Literal["vllm", "transformers"] = "vllm"
+    """What serves the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the served weights."""
+    kv_cache_mb: Count = 256
+    """KV cache of a CPU worker, in MiB."""
+    workers: Count = 2
+    """Models evaluated at the same time."""
+    cpus: float = Field(default=1.0, ge=0)
+    """Ray CPUs a worker."""
+    gpus: float = Field(default=0.0, ge=0)
+    """Ray GPUs a worker."""

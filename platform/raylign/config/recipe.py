@@ -1,0 +1,40 @@
+"""A recipe: the whole journey in one file, each job reading its own section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from raylign.config.alignment import AlignConfig
+from raylign.config.corpus import PrepareConfig, TokenizerConfig
+from raylign.config.evaluation import EvaluateConfig
+from raylign.config.section import Section
+from raylign.config.training import PretrainConfig, SftConfig
+
+
+class RayConfig(Section):
+    """How to reach Ray."""
+
+    address: str | None = None
+    """Cluster address; a submitted job's own cluster, else a private local one."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of a private local cluster; all of the machine when not given."""
+
+
+class Recipe(Section):
+    """Top level of a recipe file."""
+
+    run: Path = Path("runs/default")
+    """Run directory: every stage writes a directory of its own below it."""
+    seed: int = Field(default=0, ge=0)
+    """The one seed of corpus, tokenizer, initial weights, data order and sampling."""
+    ray: RayConfig = RayConfig()
+    redo: str | None = None
+    """Discard this stage and everything after it, and do them again."""
+    prepare: PrepareConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    pretrain: PretrainConfig | None = None
+    sft: SftConfig | None = None
+    align: AlignConfig | None = None
+    evaluate: EvaluateConfig | None = None

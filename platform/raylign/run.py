@@ -1,0 +1,201 @@
+"""The run directory: stages that are whole or absent, and the lineage between them.
+
+A stage is a directory with a `manifest.json` that was written last. It is built under a hidden
+name and renamed into place, so a directory under its own name is complete by construction. The
+manifest names every file with size and sha256, the settings it was made with, and its parents by
+content hash, which gives lineage from policy back to corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raylign.config import UserError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a finished stage says of itself."""
+
+    stage: str
+    fingerprint: str
+    """Hash of settings, seed and parents: equal fingerprints mean the same work."""
+    content: str
+    """Hash of the files' hashes."""
+    settings: dict[str, Any]
+    parents: dict[str, str]
+    """Stage name or path to content hash."""
+    files: dict[str, dict[str, Any]]
+    """Relative name to `size` and `sha256`."""
+    seconds: float
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Numbers worth showing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage: a directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+
+class Draft:
+    """A stage in the making: write files below `path`, numbers into `summary`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.summary: dict[str, Any] = {}
+
+
+class Run:
+    """A directory of stages."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+
+    def find(self, name: str) -> Stage | None:
+        """The finished stage `name`, or None."""
+        return read_stage(self.root / name)
+
+    def require(self, name: str, job: str) -> Stage:
+        """The finished stage `name`; raises `UserError` naming the `job` that makes it."""
+        stage = self.find(name)
+        if stage is None:
+            raise UserError(
+                f"run {self.root} has no finished {name!r} stage; "
+                f"run `python -m jobs.{job}` on this recipe first, or give a path"
+            )
+        return stage
+
+    @contextmanager
+    def write(
+        self, name: str, settings: Mapping[str, Any], parents: Mapping[str, str]
+    ) -> Iterator[Draft]:
+        """Build a stage; it appears whole when the block ends, and not at all when it raises."""
+        draft = Draft(self.root / f".{name}.partial")
+        shutil.rmtree(draft.path, ignore_errors=True)
+        draft.path.mkdir(parents=True)
+        started = time.monotonic()
+        try:
+            yield draft
+            self._commit(name, draft, settings, parents, time.monotonic() - started)
+        finally:
+            shutil.rmtree(draft.path, ignore_errors=True)
+
+    def _commit(
+        self,
+        name: str,
+        draft: Draft,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, str],
+        seconds: float,
+    ) -> None:
+        files = {
+            str(file.relative_to(draft.path)): {"size": file.stat().st_size, "sha256": hash_file(file)}
+            for file in sorted(draft.path.rglob("*"))
+            if file.is_file()
+        }
+        manifest = Manifest(
+            stage=name,
+            fingerprint=fingerprint(settings, parents),
+            content=hash_json({k: v["sha256"] for k, v in files.items()}),
+            settings=json.loads(json.dumps(settings, default=str)),
+            parents=dict(parents),
+            files=files,
+            seconds=round(seconds, 3),
+            summary=draft.summary,
+        )
+        body = {slot: getattr(manifest, slot) for slot in Manifest.__slots__}
+        write_json(draft.path / MANIFEST, body)
+        for file in (*draft.path.rglob("*"), draft.path):
+            _sync(file)
+        final = self.root / name
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(draft.path, final)
+        _sync(self.root)
+
+    def discard(self, name: str) -> None:
+        """Remove a stage; its directory stops being one before its files go."""
+        path = self.root / name
+        if path.exists():
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+def read_stage(path: Path | str) -> Stage | None:
+    """The stage at `path`, or None when it has no manifest. Raises `UserError` if it is damaged."""
+    path = Path(path)
+    try:
+        body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return Stage(path, Manifest(**body))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST} is damaged ({error}); delete {path} and rerun") from None
+
+
+def verify(stage: Stage) -> list[str]:
+    """Names of files that are missing or differ from the manifest; empty when all is well."""
+    return [
+        name
+        for name, expected in stage.manifest.files.items()
+        if not (stage.path / name).is_file() or hash_file(stage.path / name) != expected["sha256"]
+    ]
+
+
+def content_hash(path: Path | str) -> str:
+    """Content hash of a stage, or of any file or directory that is not one."""
+    path = Path(path)
+    stage = read_stage(path) if path.is_dir() else None
+    if stage is not None:
+        return stage.manifest.content
+    if path.is_file():
+        return hash_file(path)
+    return hash_json({str(f.relative_to(path)): hash_file(f) for f in sorted(path.rglob("*")) if f.is_file()})
+
+
+def fingerprint(settings: Mapping[str, Any], parents: Mapping[str, str]) -> str:
+    """Hash of what determines a stage's work."""
+    return hash_json({"settings": settings, "parents": sorted(parents.values())})
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, default=str), encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, file)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

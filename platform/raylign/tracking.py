@@ -1,0 +1,202 @@
+"""Metrics that reduce exactly, and the places they go.
+
+A metric is a pair (total, count): adding pairs over micro-batches, ranks or workers is exact, and
+nobody needs to know which mean was meant.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A sum and how many things were summed."""
+
+    total: float
+    count: float = 1.0
+
+    @property
+    def mean(self) -> float:
+        """total / count; NaN when nothing was counted."""
+        return self.total / self.count if self.count else float("nan")
+
+    def __add__(self, other: Metric) -> Metric:
+        return Metric(self.total + other.total, self.count + other.count)
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Sum metrics of the same name."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            merged[name] = merged[name] + metric if name in merged else metric
+    return merged
+
+
+class Tracker(Protocol):
+    """A place that metrics and events go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def event(self, **fields: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonTracker:
+    """`metrics.jsonl` (one line a step) and `events.jsonl` (one line an event) in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._metrics: IO[str] = (directory / METRICS_FILE).open("a", encoding="utf-8")
+        self._events: IO[str] = (directory / EVENTS_FILE).open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        line = {"step": step, "time": time.time()} | {k: float(v) for k, v in values.items()}
+        self._write(self._metrics, line)
+
+    def event(self, **fields: Any) -> None:
+        self._write(self._events, {"time": time.time()} | fields)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    @staticmethod
+    def _write(stream: IO[str], line: Mapping[str, Any]) -> None:
+        stream.write(json.dumps(line, default=str) + "\n")
+        stream.flush()
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line cut short by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    if not file.is_file():
+        return rows
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class _RateColumn(TextColumn):
+    """Units a second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        unit = task.fields.get("unit", "")
+        text = "" if not speed else f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s"
+        return Text(text, style="cyan")
+
+
+class ProgressBoard:
+    """One line a stage: bar, rate, time left and the numbers that matter now.
+
+    On anything but a terminal it prints a plain line every `plain_every` seconds instead.
+    """
+
+    def __init__(self, console: Console | None = None, plain_every: float = 10.0) -> None:
+        self.console = console or Console(stderr=True)
+        self._live = self.console.is_terminal
+        self._plain_every = plain_every
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self.console,
+            disable=not self._live,
+        )
+
+    def __enter__(self) -> ProgressBoard:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def bar(self, name: str, total: float | None, unit: str = "step"):  # noqa: ANN201
+        """A bar for the block; yields a `Bar`."""
+        task = self._bars.add_task(name, total=total, unit=unit, note="")
+        bar = Bar(self, task, name, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.stop()
+
+    def _update(self, task: TaskID, **fields: Any) -> None:
+        self._bars.update(task, **fields)
+
+
+class Bar:
+    """A handle on one line of a `ProgressBoard`."""
+
+    def __init__(
+        self, board: ProgressBoard, task: TaskID, name: str, total: float | None, unit: str
+    ) -> None:
+        self._board, self._task, self._name, self._unit = board, task, name, unit
+        self.total, self._done, self._note = total, 0.0, ""
+        self._started = self._printed = time.monotonic()
+
+    def update(self, done: float, note: str = "", total: float | None = None) -> None:
+        """`done` units in all, of `total` if that has become known."""
+        self._done, self._note, self.total = done, note, total or self.total
+        self._board._update(self._task, completed=done, note=note, total=self.total)
+        if not self._board._live and time.monotonic() - self._printed > self._board._plain_every:
+            self._printed = time.monotonic()
+            self._print()
+
+    def stop(self) -> None:
+        self._board._bars.stop_task(self._task)
+        if not self._board._live:
+            self._print()
+
+    def _print(self) -> None:
+        seconds = time.monotonic() - self._started
+        of = f"/{self.total:,.0f}" if self.total else ""
+        left = ""
+        if self.total and 0 < self._done < self.total:
+            left = f", {seconds / self._done * (self.total - self._done):.0f} s left"
+        rate = f"{self._done / seconds:,.2f} {self._unit}/s" if seconds > 0 else ""
+        note = f"  {self._note}" if self._note else ""
+        self._board.say(
+            f"{self._name}: {self._done:,.0f}{of} {self._unit}s, {seconds:.0f} s{left}, {rate}{note}"
+        )
