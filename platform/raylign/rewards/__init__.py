@@ -1,0 +1,1 @@
+"""What a completion is worth: verifiers, user functions, their parts and their shaping."""
