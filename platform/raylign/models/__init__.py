@@ -1,0 +1,1 @@
+"""Language models: shapes, loading and saving, token log-probabilities."""

@@ -1,0 +1,79 @@
+"""One forward call around any use of a language model.
+
+What wraps a model (ZeRO's gathering of partitioned weights, its gradient bookkeeping) works by
+hooks on one outermost forward. A loss that applies the head in pieces to the decoder's hidden
+states would bypass them if it called the parts directly, so it is written as a *body*, a function
+of the bare model, and run inside that outermost forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+
+T = TypeVar("T")
+
+# Float32 logits held at once. Smaller pieces are recomputed in the backward pass.
+LOGIT_BYTES = 64 * 2**20
+
+
+class Enclosure(nn.Module):
+    """The outermost module given to a wrapper: calls the model, or a body with the model."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.lm.config
+
+    def forward(self, *args: Any, body: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        if body is None:
+            return self.lm(*args, **kwargs)
+        return body(self.lm, *args, **kwargs)
+
+
+def run_inside(module: nn.Module, body: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`body(model, *args, **kwargs)` inside the outermost forward of `module`.
+
+    `module` is a causal language model of transformers, or whatever wraps an `Enclosure` of one.
+    """
+    if isinstance(module, Enclosure) or isinstance(getattr(module, "module", None), Enclosure):
+        return module(*args, body=body, **kwargs)
+    return body(module, *args, **kwargs)
+
+
+def embed_context(lm: PreTrainedModel, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Last hidden states [B, T, width] of `tokens` [B, T]; `inputs` go to the decoder."""
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(lm.config, name, None) not in (None, 1.0):
+            raise NotImplementedError(f"models whose config sets {name} transform their logits")
+    return lm.get_decoder()(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
+
+
+def over_pieces(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    positions: int,
+    vocab_size: int,
+    *tensors: torch.Tensor,
+    piece: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """`function` applied to aligned pieces of `tensors` [positions, ...], results concatenated.
+
+    Each piece makes float32 logits [piece, vocab_size] that are dropped after its forward pass and
+    computed again in its backward pass, unless one piece is enough.
+    """
+    piece = piece or max(1, LOGIT_BYTES // (4 * vocab_size))
+    if positions <= piece:
+        return function(*tensors)
+    parts = [
+        checkpoint(function, *cut, use_reentrant=False, preserve_rng_state=False)
+        for cut in zip(*(t.split(piece) for t in tensors), strict=True)
+    ]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))

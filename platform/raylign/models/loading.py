@@ -1,0 +1,143 @@
+"""Models and tokenizers in and out of plain Hugging Face directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raylign.config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A freshly initialised float32 model, the same to the bit for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+
+
+def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
+    """The causal language model in directory `path`, on the CPU.
+
+    Raises `UserError` when the directory, its configuration or its weights are missing or do not
+    fit each other.
+    """
+    path = Path(path)
+    _require(path, "config.json", "a model")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"model {path} has no *.safetensors weights; save it in safetensors format")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {path} cannot be loaded: {_first_line(error)}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model {path} lacks {len(missing)} of its weights, such as {missing[0]}; "
+            "copy the complete directory"
+        )
+    return model
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """The configuration in directory `path`; raises `UserError` when there is none."""
+    _require(Path(path), "config.json", "a model")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path} cannot be loaded: {_first_line(error)}") from None
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in directory `path`; raises `UserError` when there is none, or no `<eos>`."""
+    path = Path(path)
+    _require(path, "tokenizer_config.json", "a tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer {path} cannot be loaded: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {path} has no eos_token; set one in tokenizer_config.json")
+    return tokenizer
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raises `UserError` unless the tokenizer has a chat template that marks assistant turns."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"tokenizer {path} has no chat template; add chat_template.jinja to it, "
+            "or train one with `python -m jobs.tokenizer`"
+        )
+    if "{% generation" not in tokenizer.chat_template.replace("{%-", "{%"):
+        raise UserError(
+            f"the chat template of tokenizer {path} does not mark assistant turns; "
+            "put {% generation %} ... {% endgeneration %} around what the assistant writes"
+        )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or `<eos>` where a tokenizer has none (padding is never attended to)."""
+    chosen = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if chosen is None else chosen
+
+
+def save_model(
+    weights: torch.nn.Module | Mapping[str, torch.Tensor],
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+) -> None:
+    """Write `config.json`, `model.safetensors` and the tokenizer: a directory any tool can load.
+
+    Tied weights are stored once, under the name of the embedding.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(weights, torch.nn.Module):
+        weights = dict(weights.named_parameters())
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    dtype = next(iter(tensors.values())).dtype
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    fields = config.to_dict() | {"use_cache": True, "dtype": str(dtype).removeprefix("torch.")}
+    saved = type(config).from_dict(fields)
+    saved.save_pretrained(directory)
+    GenerationConfig.from_model_config(saved).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _require(path: Path, name: str, what: str) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; give a directory that holds {what}")
+    if not (path / name).is_file():
+        raise UserError(f"{path} holds no {what.removeprefix('a ')}: {name} is missing")
+    try:
+        json.loads((path / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / name} is not valid JSON: {error}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Gradients and optimizer steps, on one process or on many."""

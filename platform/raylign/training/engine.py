@@ -1,0 +1,91 @@
+"""The protocol of what computes gradients and steps, and the factory of its two implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raylign.config import EngineConfig, OptimizerConfig
+
+
+class Engine(Protocol):
+    """A model that learns, on this rank and on its peers.
+
+    Gradients are summed over backward calls and over ranks: a loss carries its own denominator,
+    counted over all of them, and any split of a batch then gives the same update. Every rank must
+    call `backward` equally often in a step; a rank with nothing to add gives a loss times zero.
+    """
+
+    module: nn.Module
+    """Callable like the transformers model; what `score_tokens` and the objectives take."""
+    lm: PreTrainedModel
+    """The bare model, for configuration and sampling. Its weights are whole unless ZeRO-3."""
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a scalar that came from `module`."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Sum gradients over ranks, clip, update, clear; the global norm before clipping."""
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights by Hugging Face name, whole on every rank, tied ones once. Collective.
+
+        They may share memory with the model: copy what must outlive the next step.
+        """
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write weights, optimizer state and step count. Collective."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote at the same world size; training goes on exactly. Collective."""
+        ...
+
+
+def build_engine(
+    config: EngineConfig, model: PreTrainedModel, optimizer: OptimizerConfig
+) -> Engine:
+    """The engine that `config` names, owning `model`.
+
+    `torch.distributed` must be initialised when there is more than one rank; a model differs
+    between ranks at the caller's peril.
+    """
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    if config.backend == "torch":
+        from raylign.training.torch_engine import TorchEngine
+
+        return TorchEngine(config, model, optimizer)
+    from raylign.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, model, optimizer)
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) that decays matrices and leaves vectors alone."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
