@@ -31,7 +31,7 @@ def group_relative(
     centred = torch.where(_spread(values, index, count)[index] > 0, values - mean[index], 0.0)
     if scale_by_std:
         variance = _sums(centred.square(), index, count) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + eps)[index]
+        centred = divide(centred, (variance.sqrt() + eps)[index])
     return centred.to(rewards.dtype)
 
 

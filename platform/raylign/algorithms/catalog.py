@@ -132,6 +132,6 @@ def find_algorithm(name: str) -> Algorithm:
     """The row called `name`; raises `ValueError` with a suggestion when there is none."""
     if name in ALGORITHMS:
         return ALGORITHMS[name]
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), ALGORITHMS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), ALGORITHMS, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise ValueError(f"unknown algorithm {name!r}; {hint}known: {', '.join(ALGORITHMS)}")

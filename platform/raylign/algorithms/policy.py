@@ -70,24 +70,22 @@ class Coefficients:
 
 def ppo_clip_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
     """Clipped surrogate per token (PPO, arXiv:1707.06347, eq. 7), with two bounds as in DAPO."""
-    active = inputs.weights > 0
-    ratio = _exp(_log_ratio(inputs.logprobs, inputs.old_logprobs, active))
-    surrogate, clipped = _clip(ratio, _where(active, inputs.advantages), coefficients)
-    return _total(inputs, coefficients, surrogate, clipped, _log_importance(inputs, active))
+    inputs = _clean(inputs)
+    ratio = _exp(inputs.logprobs - inputs.old_logprobs)
+    surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
+    return _total(inputs, coefficients, surrogate, clipped, _log_importance(inputs))
 
 
 def dual_clip_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
     """`ppo_clip_loss` that also bounds the ratio at `dual_clip` for negative advantages, where PPO
     leaves it free (arXiv:1912.09729, eq. 5): one token that became far likelier cannot dominate."""
-    active = inputs.weights > 0
-    advantages = _where(active, inputs.advantages)
-    ratio = _exp(_log_ratio(inputs.logprobs, inputs.old_logprobs, active))
-    surrogate, clipped = _clip(ratio, advantages, coefficients)
-    floor = coefficients.dual_clip * advantages
-    floored = (advantages < 0) & (surrogate < floor)
-    surrogate = torch.where(floored, floor, surrogate)
-    clipped = clipped | floored
-    return _total(inputs, coefficients, surrogate, clipped, _log_importance(inputs, active))
+    inputs = _clean(inputs)
+    ratio = _exp(inputs.logprobs - inputs.old_logprobs)
+    surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
+    floor = coefficients.dual_clip * inputs.advantages
+    floored = (inputs.advantages < 0) & (surrogate < floor)
+    surrogate, clipped = torch.where(floored, floor, surrogate), clipped | floored
+    return _total(inputs, coefficients, surrogate, clipped, _log_importance(inputs))
 
 
 def gspo_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
@@ -96,11 +94,11 @@ def gspo_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor,
 
     Clip bounds are three orders of magnitude smaller than for token ratios.
     """
+    inputs = _clean(inputs)
     active = inputs.weights > 0
-    log_ratio = _log_ratio(inputs.logprobs, inputs.old_logprobs, active)
-    ratio = _exp(_sequence_means(log_ratio, active))
-    surrogate, clipped = _clip(ratio, _where(active, inputs.advantages), coefficients)
-    log_importance = _sequence_means(_log_importance(inputs, active), active)
+    ratio = _exp(_sequence_means(inputs.logprobs - inputs.old_logprobs, active))
+    surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
+    log_importance = _sequence_means(_log_importance(inputs), active)
     return _total(inputs, coefficients, surrogate, clipped, log_importance)
 
 
@@ -110,24 +108,34 @@ def cispo_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor
 
     `clip_fraction` counts ratios out of bounds, whatever the advantage.
     """
-    active = inputs.weights > 0
-    ratio = _exp(_log_ratio(inputs.logprobs, inputs.old_logprobs, active)).detach()
+    inputs = _clean(inputs)
+    ratio = _exp(inputs.logprobs - inputs.old_logprobs).detach()
     weight = ratio.clamp(1 - coefficients.clip_low, 1 + coefficients.clip_high)
-    surrogate = weight * _where(active, inputs.advantages) * _where(active, inputs.logprobs)
-    return _total(inputs, coefficients, surrogate, weight != ratio, _log_importance(inputs, active))
+    surrogate = weight * inputs.advantages * inputs.logprobs
+    return _total(inputs, coefficients, surrogate, weight != ratio, _log_importance(inputs))
 
 
-def _where(active: Tensor, values: Tensor) -> Tensor:
-    return torch.where(active, values, 0.0)
+def _clean(inputs: PolicyInputs) -> PolicyInputs:
+    """Zeros at weight 0, so that nothing there (not even NaN) reaches a sum or, through 0 * NaN, a
+    gradient; and no gradient into what the loss takes as given."""
+    active = inputs.weights > 0
+    reference = inputs.reference_logprobs
+    return PolicyInputs(
+        logprobs=torch.where(active, inputs.logprobs, 0.0),
+        entropy=torch.where(active, inputs.entropy, 0.0),
+        old_logprobs=torch.where(active, inputs.old_logprobs, 0.0).detach(),
+        behaviour_logprobs=torch.where(active, inputs.behaviour_logprobs, 0.0).detach(),
+        advantages=torch.where(active, inputs.advantages, 0.0).detach(),
+        weights=inputs.weights.detach(),
+        reference_logprobs=(
+            None if reference is None else torch.where(active, reference, 0.0).detach()
+        ),
+    )
 
 
-def _log_ratio(logprobs: Tensor, base: Tensor, active: Tensor) -> Tensor:
-    """log(policy / base) [B, T], 0 where nothing is trained; `base` is a constant."""
-    return _where(active, logprobs - base.detach())
-
-
-def _log_importance(inputs: PolicyInputs, active: Tensor) -> Tensor:
-    return _log_ratio(inputs.old_logprobs.detach(), inputs.behaviour_logprobs, active)
+def _log_importance(inputs: PolicyInputs) -> Tensor:
+    """log(old / behaviour) [B, T]."""
+    return inputs.old_logprobs - inputs.behaviour_logprobs
 
 
 def _sequence_means(values: Tensor, active: Tensor) -> Tensor:
@@ -159,7 +167,6 @@ def _total(
 
     Raises `ValueError` when `kl_coef` is not 0 and there is no reference.
     """
-    active = inputs.weights > 0
     bound = math.log(coefficients.importance_cap)
     importance = log_importance.clamp(max=bound).exp()
     values = -importance * surrogate
@@ -170,15 +177,15 @@ def _total(
         "entropy": inputs.entropy,
     }
     if inputs.reference_logprobs is not None:
-        reference = _where(active, inputs.reference_logprobs.detach())
-        measured["kl"] = k3(_where(active, inputs.logprobs), reference)
+        measured["kl"] = k3(inputs.logprobs, inputs.reference_logprobs)
         if coefficients.kl_coef:
             values = values + coefficients.kl_coef * measured["kl"]
     elif coefficients.kl_coef:
         raise ValueError(f"kl_coef={coefficients.kl_coef} needs reference_logprobs")
     if coefficients.entropy_coef:
-        values = values - coefficients.entropy_coef * _where(active, inputs.entropy)
-    loss = masked_sum(inputs.weights * values, active)
+        values = values - coefficients.entropy_coef * inputs.entropy
+    loss = (inputs.weights * values).sum()
+    active = inputs.weights > 0
     tokens = active.sum().float()
     metrics = {
         name: (masked_sum(value.detach().float(), active), tokens)

@@ -135,7 +135,7 @@ def _to_number(value: Any, what: str) -> float:
 
 
 def _describe(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def _reject(trajectory: Trajectory, reason: str, detail: str = "") -> Rejection:

@@ -55,7 +55,7 @@ def _import(source: str) -> RewardFunction:
 
 def _check_callable(function: Any, place: str) -> None:
     if not callable(function):
-        raise UserError(f"{place}: a {type(function).__name__} cannot be called; name a function")
+        raise UserError(f"{place}: is of type {type(function).__name__}; name a function")
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none to check
