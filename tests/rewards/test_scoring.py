@@ -129,8 +129,8 @@ def test_a_weight_for_no_part_is_the_users_mistake() -> None:
     with pytest.raises(UserError) as error:
         score([{"right": 1.0, "tidy": 0.0}, math.nan], {"right": 1.0, "corect": 2.0})
     assert str(error.value) == (
-        "reward.weights names corect, which the reward function does not give; "
-        "its parts are right, tidy"
+        "align.reward.weights names corect, which the reward function does not give; "
+        "weigh some of its parts instead: right, tidy"
     )
 
 

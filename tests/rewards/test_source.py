@@ -64,4 +64,4 @@ def test_mistakes_get_one_line_with_a_remedy(module: str, source: str, says: str
     with pytest.raises(UserError, match=says) as error:
         load_reward(source)
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith(f"reward.source={source!r}: ")
+    assert str(error.value).startswith(f"align.reward.source={source!r}: ")

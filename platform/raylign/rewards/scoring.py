@@ -111,8 +111,8 @@ def _check_weights(weights: Mapping[str, float], measured: Sequence[dict[str, fl
     unknown = sorted(weights.keys() - known)
     if measured and unknown:
         raise UserError(
-            f"reward.weights names {', '.join(unknown)}, which the reward function does not give; "
-            f"its parts are {', '.join(sorted(known))}"
+            f"align.reward.weights names {', '.join(unknown)}, which the reward function does not "
+            f"give; weigh some of its parts instead: {', '.join(sorted(known))}"
         )
 
 

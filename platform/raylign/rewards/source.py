@@ -25,13 +25,13 @@ def load_reward(source: str) -> RewardFunction:
     close = difflib.get_close_matches(source.lower(), VERIFIERS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UserError(
-        f"reward.source={source!r}: unknown verifier; {hint}"
+        f"align.reward.source={source!r}: unknown verifier; {hint}"
         f"choose from {', '.join(VERIFIERS)}, or give module:function"
     )
 
 
 def _import(source: str) -> RewardFunction:
-    place = f"reward.source={source!r}"
+    place = f"align.reward.source={source!r}"
     module_name, _, attribute = source.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
         raise UserError(f"{place}: expected module:function, such as my_rewards:score")
