@@ -100,6 +100,9 @@ class Batch:
     """int32 [B, T]"""
     advantages: torch.Tensor
     """float32 [B, T]"""
+    weights: torch.Tensor
+    """float32 [B, T]: each token's share of the loss, 0 where it is not trained. Shares are set for
+    the whole step before it is split over ranks and micro-batches: any split sums to the same."""
 
     @property
     def rows(self) -> int:
@@ -120,13 +123,20 @@ class Batch:
             behaviour_logprobs=self.behaviour_logprobs[index, :width],
             versions=self.versions[index, :width],
             advantages=self.advantages[index, :width],
+            weights=self.weights[index, :width],
         )
 
 
 def collate(
-    trajectories: Sequence[Trajectory], advantages: Iterable[float] | Iterable[np.ndarray], pad_id: int
+    trajectories: Sequence[Trajectory],
+    advantages: Iterable[float | np.ndarray],
+    weights: Iterable[float | np.ndarray],
+    pad_id: int,
 ) -> Batch:
-    """Trajectories and their advantages (a number, or an array [T], each) as one `Batch`."""
+    """Trajectories as one `Batch`; advantage and loss weight of each are a number or an array [T].
+
+    Raises `ValueError` for an empty list, or lists of different lengths.
+    """
     if not trajectories:
         raise ValueError("cannot collate an empty list of trajectories")
     rows, width = len(trajectories), max(len(t.token_ids) for t in trajectories)
@@ -134,21 +144,25 @@ def collate(
     mask = np.zeros((rows, width), bool)
     logprobs = np.zeros((rows, width), np.float32)
     versions = np.full((rows, width), -1, np.int32)
-    values = np.zeros((rows, width), np.float32)
-    for row, (t, advantage) in enumerate(zip(trajectories, advantages, strict=True)):
-        n = len(t.token_ids)
-        tokens[row, :n] = t.token_ids
-        mask[row, :n] = t.loss_mask
-        logprobs[row, :n] = t.logprobs
-        versions[row, :n] = t.versions
-        values[row, :n] = np.where(t.loss_mask, advantage, 0.0)
+    gains = np.zeros((rows, width), np.float32)
+    shares = np.zeros((rows, width), np.float32)
+    each = enumerate(zip(trajectories, advantages, weights, strict=True))
+    for row, (trajectory, advantage, weight) in each:
+        n = len(trajectory.token_ids)
+        tokens[row, :n] = trajectory.token_ids
+        mask[row, :n] = trajectory.loss_mask
+        logprobs[row, :n] = trajectory.logprobs
+        versions[row, :n] = trajectory.versions
+        gains[row, :n] = np.where(trajectory.loss_mask, advantage, 0.0)
+        shares[row, :n] = np.where(trajectory.loss_mask, weight, 0.0)
     return Batch(
         tokens=torch.from_numpy(tokens),
         lengths=torch.tensor([len(t.token_ids) for t in trajectories]),
         loss_mask=torch.from_numpy(mask),
         behaviour_logprobs=torch.from_numpy(logprobs),
         versions=torch.from_numpy(versions),
-        advantages=torch.from_numpy(values),
+        advantages=torch.from_numpy(gains),
+        weights=torch.from_numpy(shares),
     )
 
 

@@ -83,10 +83,24 @@ class Run:
     def write(
         self, name: str, settings: Mapping[str, Any], parents: Mapping[str, str]
     ) -> Iterator[Draft]:
-        """Build a stage; it appears whole when the block ends, and not at all when it raises."""
+        """Build a stage; it appears whole when the block ends, and not at all when it raises.
+
+        Raises `UserError` when something that is not a stage has its name, or the run directory
+        cannot be written.
+        """
+        if (self.root / name).exists() and self.find(name) is None:
+            raise UserError(
+                f"{self.root / name} exists and is not a finished stage; "
+                "move it away, or choose another run=..."
+            )
         draft = Draft(self.root / f".{name}.partial")
         shutil.rmtree(draft.path, ignore_errors=True)
-        draft.path.mkdir(parents=True)
+        try:
+            draft.path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{draft.path} cannot be made ({error.strerror}); choose another run=..."
+            ) from None
         started = time.monotonic()
         try:
             yield draft
@@ -103,7 +117,10 @@ class Run:
         seconds: float,
     ) -> None:
         files = {
-            str(file.relative_to(draft.path)): {"size": file.stat().st_size, "sha256": hash_file(file)}
+            str(file.relative_to(draft.path)): {
+                "size": file.stat().st_size,
+                "sha256": hash_file(file),
+            }
             for file in sorted(draft.path.rglob("*"))
             if file.is_file()
         }
@@ -121,18 +138,17 @@ class Run:
         write_json(draft.path / MANIFEST, body)
         for file in (*draft.path.rglob("*"), draft.path):
             _sync(file)
-        final = self.root / name
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(draft.path, final)
+        self.discard(name)
+        os.rename(draft.path, self.root / name)
         _sync(self.root)
 
     def discard(self, name: str) -> None:
-        """Remove a stage; its directory stops being one before its files go."""
-        path = self.root / name
-        if path.exists():
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+        """Remove a stage, finished or damaged; it leaves its name before its files go."""
+        doomed = self.root / f".{name}.discarded"
+        shutil.rmtree(doomed, ignore_errors=True)
+        if (self.root / name / MANIFEST).exists():
+            os.rename(self.root / name, doomed)
+            shutil.rmtree(doomed)
 
 
 def read_stage(path: Path | str) -> Stage | None:
@@ -141,10 +157,12 @@ def read_stage(path: Path | str) -> Stage | None:
     try:
         body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return Stage(path, Manifest(**body))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST} is damaged ({error}); delete {path} and rerun") from None
+        raise UserError(
+            f"{path / MANIFEST} is damaged ({error}); delete {path} and rerun"
+        ) from None
 
 
 def verify(stage: Stage) -> list[str]:
@@ -164,7 +182,8 @@ def content_hash(path: Path | str) -> str:
         return stage.manifest.content
     if path.is_file():
         return hash_file(path)
-    return hash_json({str(f.relative_to(path)): hash_file(f) for f in sorted(path.rglob("*")) if f.is_file()})
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hash_json({str(file.relative_to(path)): hash_file(file) for file in files})
 
 
 def fingerprint(settings: Mapping[str, Any], parents: Mapping[str, str]) -> str:

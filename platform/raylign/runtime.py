@@ -6,13 +6,17 @@ import hashlib
 import logging
 import os
 import random
+import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from raylign.config import RayConfig, UserError
 
 _SOURCE = Path(__file__).resolve().parents[1]
+_configured = RayConfig()
 
 # Worker processes inherit these; each is needed before its library is imported.
 _LIBRARY_ENV = {
@@ -38,23 +42,32 @@ def worker_env() -> dict[str, str]:
     return env
 
 
+def configure(config: RayConfig) -> None:
+    """Say how `connect` is to reach Ray, without doing it yet."""
+    global _configured
+    _configured = config
+
+
 def connect(config: RayConfig | None = None) -> None:
-    """Join the submitted job's cluster, the configured one, or a private local one.
+    """Join the submitted job's cluster, the configured one, or a private local one; once.
 
     Never joins a cluster that merely happens to run on this machine. Raises `UserError` when the
     cluster cannot be reached.
     """
     import ray
 
-    config = config or RayConfig()
+    if ray.is_initialized():
+        return
     for key, value in _LIBRARY_ENV.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    config = config or _configured
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if address == "local":
-        options = {"num_cpus": config.num_cpus or os.cpu_count(), "include_dashboard": False}
+        cpus = config.num_cpus or os.cpu_count()
+        options = {"num_cpus": cpus, "include_dashboard": False}
     try:
+        _probe(address)
         ray.init(
             address=address,
             runtime_env={"env_vars": worker_env()},
@@ -62,8 +75,22 @@ def connect(config: RayConfig | None = None) -> None:
             logging_level=logging.ERROR,
             **options,
         )
-    except ConnectionError as error:
-        raise UserError(f"ray.address={address!r} cannot be reached: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"ray.address={address!r} cannot be joined ({reason}); start a cluster there with "
+            "`ray start --head`, or leave ray.address out for a private one"
+        ) from None
+
+
+def _probe(address: str) -> None:
+    """Raise `OSError` unless something listens at a host:port, where Ray would wait for minutes."""
+    if address in ("local", "auto"):
+        return
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        raise ValueError("expected host:port")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def in_submitted_job() -> bool:
@@ -88,3 +115,9 @@ def seed_everything(seed: int) -> None:
 
 def _has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def disconnect() -> None:
+    """Leave Ray, and stop the private cluster if this process started one."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()

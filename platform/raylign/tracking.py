@@ -7,8 +7,9 @@ nobody needs to know which mean was meant.
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ class JsonTracker:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._metrics: IO[str] = (directory / METRICS_FILE).open("a", encoding="utf-8")
-        self._events: IO[str] = (directory / EVENTS_FILE).open("a", encoding="utf-8")
+        self._metrics = _append_lines(directory / METRICS_FILE)
+        self._events = _append_lines(directory / EVENTS_FILE)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, "time": time.time()} | {k: float(v) for k, v in values.items()}
@@ -92,12 +93,24 @@ class JsonTracker:
         stream.flush()
 
 
+def _append_lines(file: Path) -> IO[str]:
+    """Open for appending; a last line cut short by a kill is ended, lest it spoil the next one."""
+    stream = file.open("a", encoding="utf-8")
+    if stream.tell():
+        with file.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read() != b"\n":
+                stream.write("\n")
+    return stream
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line cut short by a kill is left out."""
+    """Rows of a JSON-lines file (none if it does not exist) but for a line cut short by a kill."""
     rows: list[dict[str, Any]] = []
     if not file.is_file():
         return rows
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Not text.splitlines(): a JSON string may hold U+2028 and its like, which that takes for ends.
+    for line in file.read_bytes().split(b"\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -114,8 +127,10 @@ class _RateColumn(TextColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
-        text = "" if not speed else f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s"
-        return Text(text, style="cyan")
+        if not speed:
+            return Text("")
+        figure = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+        return Text(f"{figure} {unit}/s", style="cyan")
 
 
 class ProgressBoard:
@@ -153,7 +168,7 @@ class ProgressBoard:
         self.console.print(text, highlight=False)
 
     @contextmanager
-    def bar(self, name: str, total: float | None, unit: str = "step"):  # noqa: ANN201
+    def bar(self, name: str, total: float | None, unit: str = "step") -> Iterator[Bar]:
         """A bar for the block; yields a `Bar`."""
         task = self._bars.add_task(name, total=total, unit=unit, note="")
         bar = Bar(self, task, name, total, unit)
@@ -197,6 +212,5 @@ class Bar:
             left = f", {seconds / self._done * (self.total - self._done):.0f} s left"
         rate = f"{self._done / seconds:,.2f} {self._unit}/s" if seconds > 0 else ""
         note = f"  {self._note}" if self._note else ""
-        self._board.say(
-            f"{self._name}: {self._done:,.0f}{of} {self._unit}s, {seconds:.0f} s{left}, {rate}{note}"
-        )
+        count = f"{self._done:,.0f}{of} {self._unit}s"
+        self._board.say(f"{self._name}: {count}, {seconds:.0f} s{left}, {rate}{note}")

@@ -27,20 +27,20 @@ class SamplingConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """A row of the algorithm catalog, and its coefficients."""
+    """A row of the algorithm catalog; a coefficient not given is the one its authors used."""
 
     name: str = "grpo"
     """Row of `raylign.algorithms.catalog`."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_low: float | None = Field(default=None, gt=0, le=1)
     """Policy ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0)
+    clip_high: float | None = Field(default=None, gt=0)
     """Policy ratio is clipped above at 1 + clip_high."""
-    kl_coef: float = Field(default=0.002, ge=0)
+    kl_coef: float | None = Field(default=None, ge=0)
     """Weight of KL(policy || reference) in the loss; 0 needs no reference."""
-    entropy_coef: float = Field(default=0.0, ge=0)
+    entropy_coef: float | None = Field(default=None, ge=0)
     """Weight of the entropy bonus."""
-    importance_cap: float = Field(default=2.0, gt=0)
-    """Truncation of the rollout/learner importance ratio."""
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Truncation of the learner/rollout importance ratio."""
     updates_per_batch: Count = 1
     """Optimizer steps on each batch of trajectories."""
 
@@ -64,8 +64,10 @@ class RolloutConfig(Section):
     """KV cache of a CPU worker, in MiB."""
     max_sequences: Count = 256
     """Sequences decoded at once."""
+    start_deadline_s: float = Field(default=300.0, gt=0)
+    """A worker that has not loaded its model by then is replaced."""
     deadline_s: float = Field(default=120.0, gt=0)
-    """A worker that has not answered by then is replaced."""
+    """A worker that has not answered a request by then is replaced."""
     max_restarts: int = Field(default=3, ge=0)
     """Replacements over the whole run before it gives up."""
     canary_tolerance: float = Field(default=1e-2, gt=0)
@@ -79,11 +81,11 @@ class RewardConfig(Section):
     """A verifier's name, or `module:function` taking (completion, reference)."""
     count: Count = 1
     """Workers."""
-    cpus: float = Field(default=0.25, ge=0)
+    cpus: float = Field(default=0.2, ge=0)
     """Ray CPUs a worker."""
     timeout_s: float = Field(default=30.0, gt=0)
     """Longest scoring of one batch."""
-    weights: dict[str, float] = {"correct": 1.0, "format": 0.1}
+    weights: dict[str, float] = Field(default={"correct": 1.0, "format": 0.1})
     """Weight of each named part in the total."""
 
 
@@ -92,7 +94,7 @@ class LearnerConfig(Section):
 
     count: Count = 2
     """Ranks."""
-    cpus: float = Field(default=0.5, ge=0)
+    cpus: float = Field(default=0.4, ge=0)
     """Ray CPUs a rank."""
     gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a rank."""

@@ -75,10 +75,13 @@ class DedupConfig(Section):
 
 
 class DecontaminateConfig(Section):
-    """Removal of documents that contain evaluation items."""
+    """Removal of evaluation items from documents."""
 
-    ngram: Count = 13
+    ngram: int = Field(default=13, ge=2)
     """Words in a matching n-gram; shorter items are matched whole."""
+    granularity: Literal["line", "document"] = "line"
+    """What goes: the lines that an item touches (and documents that lose half of their text so),
+    or the whole document."""
 
 
 class PrepareConfig(Section):
@@ -100,7 +103,9 @@ class PrepareConfig(Section):
     dedup: DedupConfig = DedupConfig()
     """Duplicate removal."""
     decontaminate: DecontaminateConfig = DecontaminateConfig()
-    """Protection of the held-out problems."""
+    """Protection of the held-out problems and texts."""
+    english_held_out_share: Share = 0.02
+    """Share of the documents outside the textbook that are kept for evaluation."""
     tokenizer: Path | None = None
     """Tokenizer directory; the run's own `tokenizer` stage when not given, trained if missing."""
     sequence_length: int = Field(default=256, ge=8)

@@ -52,25 +52,41 @@ def load_recipe(file: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     file = Path(file)
     if not file.is_file():
         raise ConfigError(f"recipe {file} does not exist{_suggest_file(file)}")
-    text = file.read_text(encoding="utf-8")
-    try:
-        data = yaml.safe_load(text)
-        lines = dict(_key_lines(yaml.compose(text), ()))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {file} is not valid YAML: {_one_line(error)}") from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"recipe {file} must be a mapping of keys, not a {type(data).__name__}")
-    places = {key: f"{file}:{line}" for key, line in lines.items()}
+    data, places = _read(file)
     for override in overrides:
         path, value = _parse_override(override)
         _set(data, path, value, override)
+        # What the file said below this key has been replaced, and with it the place to look.
+        places = {key: place for key, place in places.items() if key[: len(path)] != path}
         places[path] = f"override {override!r}"
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(error, places, str(file))) from None
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The mapping in a YAML file, and `file:line` of each of its keys."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+        places: dict[tuple[str, ...], str] = {}
+        for key, line in _key_lines(yaml.compose(text), ()):
+            if key in places:
+                raise ConfigError(f"{file}:{line}: {'.'.join(key)!r} again; it is at {places[key]}")
+            places[key] = f"{file}:{line}"
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {file} is not valid YAML: {_one_line(error)}") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {file} cannot be read: {error.strerror}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {file} must be a mapping of keys, not a {type(data).__name__}")
+    return data, places
 
 
 def _suggest_file(file: Path) -> str:
@@ -108,7 +124,9 @@ def _set(data: dict[str, Any], path: tuple[str, ...], value: Any, override: str)
     at[path[-1]] = value
 
 
-def _key_lines(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+def _key_lines(
+    node: yaml.Node | None, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], int]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
@@ -127,7 +145,7 @@ def _explain(error: ValidationError, places: dict[tuple[str, ...], str], file: s
     # A union reports one problem for each member; an unknown key is the most telling.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    path = tuple(str(part) for part in first["loc"] if not _is_union_tag(str(part)))
+    path = _strip_union_tags(first["loc"])
     place = _place(path, places, file)
     dotted = ".".join(path) or "the recipe"
     if first["type"] == "extra_forbidden":
@@ -137,12 +155,16 @@ def _explain(error: ValidationError, places: dict[tuple[str, ...], str], file: s
     else:
         reason = first["msg"].removeprefix("Value error, ")
         message = f"{place}: {dotted}={first['input']!r}: {reason[:1].lower()}{reason[1:]}"
-    others = len({tuple(p["loc"]) for p in problems}) - 1
-    return message + (f" (and {others} more)" if others and first["type"] != "extra_forbidden" else "")
+    # Of a union's members each complains about the same value; only other places count.
+    places_left = {_strip_union_tags(problem["loc"]) for problem in problems}
+    others = sum(path[: len(other)] != other for other in places_left)
+    return f"{message} (and {others} more)" if others else message
 
 
-def _is_union_tag(part: str) -> bool:
-    return part.endswith("Config") or part in ("lax-or-strict[path]", "path") or "[" in part
+def _strip_union_tags(location: Sequence[int | str]) -> tuple[str, ...]:
+    """A pydantic error location as a key path: no names of union members."""
+    parts = map(str, location)
+    return tuple(part for part in parts if not (part.endswith("Config") or "[" in part))
 
 
 def _place(path: tuple[str, ...], places: dict[tuple[str, ...], str], file: str) -> str:
@@ -167,7 +189,7 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(target, siblings, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {'.'.join((*path[:-1], close[0]))!r}?"
-    close = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.75)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known keys here: {', '.join(sorted(siblings))}" if siblings else ""

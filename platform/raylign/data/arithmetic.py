@@ -31,7 +31,7 @@ _QUESTIONS = {
     "-": (
         "What is {a} - {b}?",
         "Compute {a} - {b}.",
-        "Subtract {b} from {a}.",
+        "Work out {a} - {b}.",
         "What is {a} minus {b}?",
         "Find the difference of {a} and {b}.",
         "How much is {a} minus {b}?",
@@ -121,15 +121,15 @@ def list_phrasings(problem: Problem) -> list[str]:
 
 
 def show_working(problem: Problem) -> str:
-    """Column arithmetic from the right: `ones: 7+5=12, carry 1; tens: 4+8+1=13, carry 1; ...`.
+    """Column arithmetic from the right: `47+85; ones: 7+5=12, carry 1; tens: 4+8+1=13, carry 1`.
 
-    A borrowed ten is written into the upper digit: `ones: 12-5=7, borrow 1; tens: 4-1-3=0`.
+    The problem is restated first, the smaller number filled up with zeros, so that columns line up.
+    A borrowed ten is written into the upper digit: `42-05; ones: 12-5=7, borrow 1; tens: 4-0-1=3`.
     """
-    upper, lower = str(problem.a)[::-1], str(problem.b)[::-1]
-    steps, pending = [], 0
-    for place, digit in enumerate(upper):
-        x = int(digit)
-        y = int(lower[place]) if place < len(lower) else 0
+    upper = str(problem.a)
+    lower = str(problem.b).zfill(len(upper))
+    steps, pending = [f"{upper}{problem.op}{lower}"], 0
+    for place, (x, y) in enumerate(zip(map(int, upper[::-1]), map(int, lower[::-1]), strict=True)):
         mark = f"{problem.op}1" if pending else ""
         if problem.op == "+":
             total = x + y + pending

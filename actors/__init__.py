@@ -1,0 +1,1 @@
+"""Actors host: each wraps a plain object of `raylign` and adds identity, health and messages."""

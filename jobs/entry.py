@@ -1,0 +1,137 @@
+"""What every job does alike: read the recipe, join Ray, run, and end with an honest exit status.
+
+Status 0 is success, 2 a mistake the user can put right (one line on stderr), 130 an interrupt;
+anything else is a defect and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from raylign.config import Recipe, Section, UserError, load_recipe
+from raylign.run import Draft, Run, Stage, content_hash, fingerprint
+from raylign.runtime import configure, connect, disconnect, in_submitted_job
+from raylign.tracking import ProgressBoard
+
+# Every stage a run can hold, in the order of the journey.
+STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "align", "evaluate", "report")
+
+T = TypeVar("T", bound=Section)
+Job = Callable[[Recipe, Run, ProgressBoard], None]
+
+
+def main(name: str, job: Job) -> NoReturn:
+    """Entry point of `python -m jobs.NAME`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stderr.write(f"usage: python -m jobs.{name} RECIPE.yaml [section.key=value ...]\n")
+        raise SystemExit(0 if arguments else 2)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+        run = open_run(recipe)
+        configure(recipe.ray)
+        with ProgressBoard() as board:
+            job(recipe, run, board)
+    except UserError as error:
+        # Raised in a worker, it arrives wrapped with the worker's traceback.
+        sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished stages are kept, rerun to continue\n")
+        raise SystemExit(130) from None
+    finally:
+        disconnect()
+    raise SystemExit(0)
+
+
+def open_run(recipe: Recipe) -> Run:
+    """The recipe's run directory, with the stages that `redo` names discarded."""
+    if in_submitted_job() and not recipe.run.is_absolute():
+        raise UserError(
+            f"run={recipe.run}: a submitted job starts in a temporary copy of the code; "
+            "give an absolute path on storage that every node sees"
+        )
+    run = Run(recipe.run)
+    if recipe.redo is not None:
+        if recipe.redo not in STAGES:
+            raise UserError(f"redo={recipe.redo}: not a stage; choose from {', '.join(STAGES)}")
+        for stage in STAGES[STAGES.index(recipe.redo) :]:
+            run.discard(stage)
+    return run
+
+
+def section(recipe: Recipe, name: str, kind: type[T]) -> T:
+    """The recipe's section `name`; raises `UserError` when the recipe has none."""
+    value = getattr(recipe, name)
+    if value is None:
+        raise UserError(
+            f"the recipe has no {name!r} section; add one (`{name}: {{}}` takes all defaults)"
+        )
+    assert isinstance(value, kind)
+    return value
+
+
+def locate(run: Run, given: Path | None, stage: str, job: str, key: str) -> tuple[Path, str]:
+    """An input's path and content hash: the path the user gave, else the run's own stage."""
+    if given is None:
+        found = run.require(stage, job)
+        return found.path, found.manifest.content
+    if not given.exists():
+        raise UserError(f"{key}={given}: no such file or directory")
+    return given.absolute(), content_hash(given)
+
+
+def perform(
+    run: Run,
+    name: str,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    board: ProgressBoard,
+    build: Callable[[Draft], None],
+) -> Stage:
+    """Build stage `name` on Ray, or find it finished with the same settings and parents.
+
+    Raises `UserError` when it is finished with others: nothing is overwritten unasked.
+    """
+    done = run.find(name)
+    if done is not None:
+        if done.manifest.fingerprint == fingerprint(settings, parents):
+            board.say(f"[green]✓[/] {name}: already done ({done.path})")
+            return done
+        raise UserError(
+            f"stage {name!r} in {run.root} was made with {_difference(done, settings, parents)}; "
+            f"choose another run=..., or redo={name} to discard it and what follows"
+        )
+    connect()
+    with run.write(name, settings, parents) as draft:
+        build(draft)
+    finished = run.require(name, name)
+    board.say(f"[green]✓[/] {name}: done in {finished.manifest.seconds:.0f} s ({finished.path})")
+    return finished
+
+
+def _difference(done: Stage, settings: Mapping[str, Any], parents: Mapping[str, str]) -> str:
+    old, new = _flatten(done.manifest.settings), _flatten(settings)
+    for key in sorted(old.keys() | new.keys()):
+        if str(old.get(key)) != str(new.get(key)):
+            return f"{key}={old.get(key)}, not {new.get(key)}"
+    changed = [k for k, v in parents.items() if done.manifest.parents.get(k) != v]
+    return f"another {', '.join(changed) or 'input'}"
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix.rstrip("."): value}
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flatten(item, f"{prefix}{name}.")
+    return flat
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

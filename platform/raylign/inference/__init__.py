@@ -1,0 +1,1 @@
+"""Sampling from and scoring with a policy."""

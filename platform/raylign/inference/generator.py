@@ -1,0 +1,135 @@
+"""The protocol of everything that samples, and the factory of its two implementations.
+
+A generator is a queue: `submit` prompts, `advance` it one scheduling step at a time, and collect
+groups as they finish. That is the shape of continuous batching, and what lets weights change
+between two steps while requests are in flight. `generate` is the simple way through.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    max_tokens: int = 96
+    seed: int | None = None
+    """Of this request alone; None draws from the generator's own stream."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One completion."""
+
+    token_ids: tuple[int, ...]
+    """[n], the end-of-sequence token included when it was sampled."""
+    logprobs: np.ndarray
+    """float32 [n]: log-probability of each token under the distribution it was drawn from."""
+    versions: np.ndarray
+    """int32 [n]: policy version that drew each token."""
+    text: str
+    """Decoded without special tokens."""
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+
+
+class Generator(Protocol):
+    """Samples completions and scores sequences under one set of weights at a time."""
+
+    version: int
+    """Policy version of the weights being served."""
+
+    def submit(self, key: str, prompt: Sequence[int], sampling: Sampling, count: int = 1) -> None:
+        """Queue `count` completions of `prompt`. Raises `ValueError` if the prompt is too long."""
+        ...
+
+    def advance(self) -> list[tuple[str, list[Sample]]]:
+        """One scheduling step; the groups that it finished."""
+        ...
+
+    @property
+    def pending(self) -> int:
+        """Groups submitted and not yet returned."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """float32 [T] a sequence: log p(token t | tokens before t) at temperature 1; entry 0 is 0.
+
+        May be called with groups in flight; those are returned by a later `advance`.
+        """
+        ...
+
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights (Hugging Face names). Groups in flight go on under the new ones:
+        nothing that was computed from the old weights is reused."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and threads."""
+        ...
+
+
+def generate(
+    generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int = 1
+) -> list[list[Sample]]:
+    """`count` completions of every prompt, in the order of `prompts`. The generator must be idle."""
+    if generator.pending:
+        raise RuntimeError("generate() needs an idle generator; submit() and advance() instead")
+    for index, prompt in enumerate(prompts):
+        generator.submit(str(index), prompt, sampling, count)
+    groups: dict[str, list[Sample]] = {}
+    while generator.pending:
+        groups.update(generator.advance())
+    return [groups[str(index)] for index in range(len(prompts))]
+
+
+def build_generator(
+    backend: str,
+    model: Path,
+    *,
+    dtype: str,
+    max_length: int,
+    kv_cache_mb: int,
+    max_sequences: int,
+    threads: int,
+    seed: int,
+) -> Generator:
+    """A generator serving the Hugging Face directory `model`.
+
+    Raises `UserError` when vLLM is asked for and not installed, or the directory has no weights.
+    """
+    options = {
+        "dtype": dtype,
+        "max_length": max_length,
+        "max_sequences": max_sequences,
+        "threads": threads,
+        "seed": seed,
+    }
+    if backend == "vllm":
+        from raylign.inference.vllm_generator import VLLMGenerator
+
+        return VLLMGenerator(model, kv_cache_mb=kv_cache_mb, **options)
+    if backend == "transformers":
+        from raylign.inference.hf_generator import TransformersGenerator
+
+        return TransformersGenerator(model, **options)
+    raise ValueError(f"backend must be 'vllm' or 'transformers', not {backend!r}")
+
+
+def fresh_keys(prefix: str) -> Iterable[str]:
+    """Endless different request keys."""
+    return (f"{prefix}{n}" for n in itertools.count())

@@ -1,0 +1,168 @@
+"""Both generators sample from, score with and reload the same policy, to float32 accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raylign.config import UserError
+from raylign.inference.generator import Generator, Sampling, build_generator, generate
+
+PROMPTS = [(5, 6, 7, 8), (9, 10, 11), (5, 6, 7, 12, 13)]
+
+
+def build(backend: str, model: Path) -> Generator:
+    return build_generator(
+        backend,
+        model,
+        dtype="float32",
+        max_length=64,
+        kv_cache_mb=64,
+        max_sequences=32,
+        threads=1,
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def generator(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Generator]:
+    built = build(request.param, tiny_model)
+    yield built
+    built.close()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def restore(generator: Generator, policy: torch.nn.Module, version: int) -> None:
+    generator.load_weights(version, [(n, p.detach()) for n, p in policy.named_parameters()])
+
+
+@torch.no_grad()
+def logprobs_of(
+    policy: torch.nn.Module, prompt: tuple[int, ...], sampled: tuple[int, ...]
+) -> np.ndarray:
+    """The straightforward way: one sequence, full logits."""
+    logits = policy(torch.tensor([prompt + sampled])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(sampled)[:, None])[:, 0].numpy()
+
+
+def test_reported_logprobs_are_the_policys(generator: Generator, policy: torch.nn.Module) -> None:
+    restore(generator, policy, 0)
+    for prompt, samples in zip(
+        PROMPTS, generate(generator, PROMPTS, Sampling(max_tokens=12), count=4), strict=True
+    ):
+        assert len(samples) == 4
+        for sample in samples:
+            expected = logprobs_of(policy, prompt, sample.token_ids)
+            np.testing.assert_allclose(sample.logprobs, expected, atol=2e-5)
+            assert sample.finish_reason in ("stop", "length")
+            assert len(sample.token_ids) <= 12
+
+
+def test_temperature_logprobs_are_of_the_sampled_distribution(
+    generator: Generator, policy: torch.nn.Module
+) -> None:
+    restore(generator, policy, 0)
+    [[sample]] = generate(generator, PROMPTS[:1], Sampling(temperature=0.5, max_tokens=6))
+    with torch.no_grad():
+        ids = torch.tensor([PROMPTS[0] + sample.token_ids])
+        logits = policy(ids).logits[0, len(PROMPTS[0]) - 1 : -1] / 0.5
+    expected = torch.log_softmax(logits, -1)[range(len(sample.token_ids)), list(sample.token_ids)]
+    np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=2e-5)
+
+
+def test_greedy_takes_the_best_token(generator: Generator, policy: torch.nn.Module) -> None:
+    restore(generator, policy, 0)
+    [[sample]] = generate(generator, PROMPTS[:1], Sampling(temperature=0.0, max_tokens=8))
+    sequence = list(PROMPTS[0])
+    for token in sample.token_ids:
+        with torch.no_grad():
+            assert int(policy(torch.tensor([sequence])).logits[0, -1].argmax()) == token
+        sequence.append(token)
+
+
+def test_scores_equal_a_forward_pass(generator: Generator, policy: torch.nn.Module) -> None:
+    restore(generator, policy, 0)
+    for sequence, scores in zip(PROMPTS, generator.score(PROMPTS), strict=True):
+        assert scores[0] == 0.0 and len(scores) == len(sequence)
+        np.testing.assert_allclose(
+            scores[1:], logprobs_of(policy, sequence[:1], sequence[1:]), atol=2e-5
+        )
+
+
+def test_every_sync_is_exact_and_leaves_nothing_behind(
+    generator: Generator, policy: torch.nn.Module
+) -> None:
+    """Ten syncs, each proved by log-probs of samples that share cached prefixes with the last."""
+    noise = torch.Generator().manual_seed(1)
+    for version in range(1, 11):
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.02)
+        restore(generator, policy, version)
+        for prompt, samples in zip(
+            PROMPTS, generate(generator, PROMPTS, Sampling(max_tokens=8), count=2), strict=True
+        ):
+            for sample in samples:
+                assert set(sample.versions.tolist()) <= {version}
+                expected = logprobs_of(policy, prompt, sample.token_ids)
+                np.testing.assert_allclose(sample.logprobs, expected, atol=5e-5)
+
+
+def test_a_sync_in_flight_splits_sequences_by_version(
+    generator: Generator, policy: torch.nn.Module
+) -> None:
+    """Tokens before the sync follow the old policy, tokens after it the new one."""
+    if type(generator).__name__ != "VLLMGenerator":
+        pytest.skip("transformers decodes a group in one step: nothing is ever in flight")
+    restore(generator, policy, 20)
+    old = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    for index, prompt in enumerate(PROMPTS):
+        generator.submit(str(index), prompt, Sampling(max_tokens=24), count=4)
+    for _ in range(6):
+        generator.advance()
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.05)
+    restore(generator, policy, 21)
+    new = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    mixed = 0
+    while generator.pending:
+        for key, samples in generator.advance():
+            prompt = PROMPTS[int(key)]
+            for sample in samples:
+                by_version = {}
+                for version, weights in ((20, old), (21, new)):
+                    with torch.no_grad():
+                        for name, parameter in policy.named_parameters():
+                            parameter.copy_(weights[name])
+                    by_version[version] = logprobs_of(policy, prompt, sample.token_ids)
+                expected = np.array([by_version[int(v)][i] for i, v in enumerate(sample.versions)])
+                np.testing.assert_allclose(sample.logprobs, expected, atol=5e-5)
+                mixed += len(set(sample.versions.tolist())) == 2
+    assert mixed, "no sequence was in flight during the sync: the test tested nothing"
+
+
+def test_a_prompt_longer_than_the_context_is_refused(generator: Generator) -> None:
+    with pytest.raises(ValueError, match="80 tokens; the context holds 64"):
+        generator.submit("long", tuple(range(4, 84)), Sampling())
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_a_missing_model_is_the_users_mistake(backend: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        build(backend, tmp_path / "nowhere")
+
+
+def test_an_unknown_backend_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="'vllm' or 'transformers'"):
+        build("sglang", tiny_model)

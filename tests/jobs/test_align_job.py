@@ -1,0 +1,86 @@
+"""What `align` refuses before anything is started, each in one line with its remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.align import check, read_prompts
+from raylign.config import AlignConfig, AlgorithmConfig, RewardConfig, UserError
+from raylign.models.loading import load_tokenizer, require_chat_template
+
+
+def write_rows(file: Path, *rows: object) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_prompts_go_through_the_chat_template(tiny_model: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "p.jsonl", {"prompt": "w1 w2", "reference": 3, "id": "x"})
+    [prompt] = read_prompts(file, load_tokenizer(tiny_model), 64, 8)
+    assert prompt.id == "x" and prompt.reference == "3" and prompt.text == "w1 w2"
+    tokenizer = load_tokenizer(tiny_model)
+    assert tokenizer.convert_ids_to_tokens(prompt.token_ids) == [
+        "<user>",
+        "w1",
+        "w2",
+        "<assistant>",
+    ]
+
+
+def test_a_prompt_that_does_not_fit_is_named_by_line(tiny_model: Path, tmp_path: Path) -> None:
+    file = write_rows(
+        tmp_path / "p.jsonl",
+        {"prompt": "w1", "reference": "1"},
+        {"prompt": " ".join(["w1"] * 60), "reference": "1"},
+    )
+    with pytest.raises(
+        UserError, match=r"p.jsonl:2: prompt of 62 tokens .*max_tokens=8.*context of 64"
+    ):
+        read_prompts(file, load_tokenizer(tiny_model), 64, 8)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "w1"}, ["w1"], {"reference": "1"}])
+def test_a_malformed_row_is_named_by_line(tiny_model: Path, tmp_path: Path, row: object) -> None:
+    file = write_rows(tmp_path / "p.jsonl", {"prompt": "w1", "reference": "1"}, row)
+    with pytest.raises(UserError, match=r"p.jsonl:2: not a row"):
+        read_prompts(file, load_tokenizer(tiny_model), 64, 8)
+
+
+def test_no_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_prompts(tmp_path / "none.jsonl", load_tokenizer(tiny_model), 64, 8)
+    with pytest.raises(UserError, match="is empty"):
+        read_prompts(write_rows(tmp_path / "p.jsonl"), load_tokenizer(tiny_model), 64, 8)
+
+
+def test_a_model_without_chat_template_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no chat template"):
+        require_chat_template(load_tokenizer(bare), bare)
+
+
+def test_unknown_algorithm_and_reward_are_refused_early() -> None:
+    with pytest.raises(UserError, match="did you mean 'grpo'"):
+        check(AlignConfig(algorithm=AlgorithmConfig(name="grop")))
+    with pytest.raises(UserError, match="arithmetic"):
+        check(AlignConfig(reward=RewardConfig(source="arithmetics")))
+
+
+def test_vllm_not_installed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name)
+    )
+    with pytest.raises(UserError, match=r"not installed; install raylign\[cpu\]"):
+        check(AlignConfig())
