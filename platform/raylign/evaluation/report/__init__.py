@@ -1,0 +1,106 @@
+"""The report of a run: one page a stranger can read, its Markdown twin, and the numbers as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raylign.evaluation.report.alignment import build_curves, build_rollouts, build_timeline
+from raylign.evaluation.report.comparison import build_comparison
+from raylign.evaluation.report.corpora import build_funnel, build_tokenizer
+from raylign.evaluation.report.document import Document, Section
+from raylign.evaluation.report.findings import STAGES, TITLES, Findings, read_findings
+from raylign.evaluation.report.learning import build_learning, build_samples
+from raylign.evaluation.report.markdown import render_markdown
+from raylign.evaluation.report.overview import (
+    build_hero,
+    build_journey,
+    list_scores,
+    mean_mismatch,
+    total_seconds,
+)
+from raylign.evaluation.report.page import render_page
+from raylign.evaluation.report.provenance import (
+    build_lineage,
+    build_reproduction,
+    build_settings,
+    find_seed,
+)
+from raylign.evaluation.report.timeline import measure_overlap, measure_shares
+from raylign.run import write_json
+
+__all__ = ["build_report"]
+
+# In the order of the page.
+_SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
+    build_journey,
+    build_funnel,
+    build_tokenizer,
+    build_learning,
+    build_samples,
+    build_curves,
+    build_timeline,
+    build_rollouts,
+    build_comparison,
+    build_lineage,
+    build_settings,
+    build_reproduction,
+)
+
+
+def build_report(
+    run_root: Path, output: Path, machine: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write `report.html`, `report.md` and `report.json` into `output`; returns the JSON's content.
+
+    Reads the finished stages of `run_root` and its `journey.json`; a stage that is missing is left
+    out and named in a note. `machine` is shown as given. The same inputs give the same bytes.
+    """
+    findings = read_findings(run_root, machine)
+    document = _compose(findings)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.html").write_text(render_page(document), encoding="utf-8")
+    (output / "report.md").write_text(render_markdown(document), encoding="utf-8")
+    numbers = _summarize(findings, document)
+    write_json(output / "report.json", numbers)
+    return numbers
+
+
+def _compose(findings: Findings) -> Document:
+    sections = tuple(
+        s for s in (build(findings) for build in _SECTIONS) if s is not None and s.blocks
+    )
+    missing = [TITLES[stage].lower() for stage in STAGES if stage not in findings.stages]
+    notes = (f"Not part of this run, and left out above: {', '.join(missing)}.",) if missing else ()
+    return Document(build_hero(findings), sections, notes)
+
+
+def _summarize(findings: Findings, document: Document) -> dict[str, Any]:
+    together, learning = measure_overlap(findings.events)
+    return {
+        "title": document.hero.title,
+        "scores": [
+            {"model": s.model, "value": s.value, "stderr": s.stderr, "gain": s.gain}
+            for s in list_scores(findings)
+        ],
+        "seconds": total_seconds(findings),
+        "peak_memory_gb": findings.journey.get("peak_memory_gb"),
+        "mean_mismatch": mean_mismatch(findings),
+        "overlap": {"seconds": together, "learning_seconds": learning},
+        "utilisation": measure_shares(findings.events),
+        "stages": {
+            name: {
+                "seconds": findings.seconds(name),
+                "content": manifest.content,
+                "parents": manifest.parents,
+                "summary": manifest.summary,
+            }
+            for name, manifest in findings.stages.items()
+        },
+        "missing": [stage for stage in STAGES if stage not in findings.stages],
+        "tasks": findings.results.get("tasks", {}),
+        "sections": [section.key for section in document.sections],
+        "seed": find_seed(findings),
+        "machine": dict(findings.machine),
+    }
