@@ -25,6 +25,8 @@ from raylign.run import Draft, Run, content_hash, write_json
 from raylign.runtime import derive_seed, worker_env
 from raylign.tracking import ProgressBoard
 
+# What the results do not depend on: changing it leaves a finished evaluation valid.
+RESOURCE_KEYS = {"workers", "cpus", "gpus", "threads", "deadline_s"}
 OWN_MODELS = {"base": "pretrain", "sft": "sft", "rl": "align"}
 
 Results = dict[str, Any]
@@ -46,7 +48,10 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         draft.summary.update(_summarize(results))
         show(results, board)
 
-    settings = {"evaluate": config.model_dump(mode="json"), "seed": recipe.seed}
+    settings = {
+        "evaluate": config.model_dump(mode="json", exclude=RESOURCE_KEYS),
+        "seed": recipe.seed,
+    }
     perform(run, "evaluate", settings, parents, board, build)
 
 

@@ -62,33 +62,32 @@ def _lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def _write_corpus(path: Path, rng: random.Random) -> dict[str, Any]:
     steps = [
-        ("extract", 21430, {}),
+        ("read", 21430, {"not_text": 12}),
+        ("clean", 21402, {"empty": 28}),
         (
             "quality",
-            19893,
-            {"too_short": 902, "repetitive": 388, "few_letters": 211, "long_words": 64},
+            19865,
+            {"too_short": 902, "repeated_lines": 388, "few_letters": 211, "long_words": 64},
         ),
-        ("exact duplicates", 18112, {"duplicate": 1781}),
-        ("near duplicates", 16240, {"near_duplicate": 1872}),
-        ("decontaminate", 15987, {"contains_held_out": 253}),
+        ("exact_duplicates", 18084, {"exact_duplicate": 1781}),
+        ("near_duplicates", 16212, {"near_duplicate": 1872}),
+        ("english_held_out", 16050, {"english_held_out": 162}),
+        ("decontaminate", 15987, {"contains_held_out": 63}),
     ]
-    before, rows = 21430, []
+    before, rows = 21442, []
     for name, out, dropped in steps:
         rows.append({"name": name, "in": before, "out": out, "dropped": dropped})
         before = out
+    needle = "What is 431 - 58? <work>ones: 11-8=3, borrow 1"
     examples = {
-        "too_short": [{"source": "docstrings", "text": "Alias for close()."}],
-        "repetitive": [{"source": "pydoc", "text": "| x | x | x |\n" * 12}],
-        "few_letters": [
-            {"source": "pydoc", "text": "=== --- === --- 0x00 0x01 0x02 0x03 |||| ::::"}
-        ],
+        "too_short": [("docstrings", "Alias for close()."), ("docstrings", "See http://x.org/.")],
+        "repeated_lines": [("pydoc", "| x | x | x |\n" * 12)],
+        "few_letters": [("pydoc", "=== --- === --- 0x00 0x01 0x02 0x03 |||| ::::")],
         "near_duplicate": [
-            {"source": "docstrings", "text": ENGLISH},
-            {"source": "docstrings", "text": ENGLISH.replace("words", "parts")},
+            ("docstrings", ENGLISH),
+            ("docstrings", ENGLISH.replace("words", "parts")),
         ],
-        "contains_held_out": [
-            {"source": "textbook", "text": "What is 431 - 58? <work>ones: 11-8=3, borrow 1"}
-        ],
+        "contains_held_out": [("textbook", needle)],
     }
     write_json(
         path / "funnel.json",
@@ -99,8 +98,18 @@ def _write_corpus(path: Path, rng: random.Random) -> dict[str, Any]:
                 "docstrings": {"documents": 6021, "chars": 3_120_993},
                 "textbook": {"documents": 5846, "chars": 4_433_120},
             },
-            "examples": examples,
-            "decontamination": {"held_out": 600, "documents_removed": 253, "overlap_after": 0},
+            "examples": {
+                reason: [{"source": source, "text": text} for source, text in shown]
+                for reason, shown in examples.items()
+            },
+            "decontamination": {
+                "held_out": 600,
+                "english_held_out": 162,
+                "documents_removed": 63,
+                "documents_shortened": 1180,
+                "lines_removed": 1422,
+                "overlap_after": 0,
+            },
         },
     )
     return {"documents": 15987}
@@ -110,7 +119,15 @@ def _write_tokenizer(path: Path, rng: random.Random) -> dict[str, Any]:
     vocab = {f"token{i}": i for i in range(1016)}
     added = [{"content": f"<tag{i}>"} for i in range(8)]
     write_json(path / "tokenizer.json", {"model": {"vocab": vocab}, "added_tokens": added})
-    return {"bytes_per_token": 3.21}
+    measured = (
+        ("bpe", 3.21, 0.0, 1.0),
+        ("characters", 1.0, 0.0002, 0.98),
+        ("words", 3.4, 0.24, 0.02),
+    )
+    keys = ("name", "bytes_per_token", "unknown_rate", "round_trip")
+    rows = [dict(zip(keys, row, strict=True)) | {"vocab_size": 1024} for row in measured]
+    write_json(path / "comparison.json", rows)
+    return {"vocab_size": 1024}
 
 
 def _write_shards(path: Path, rng: random.Random) -> None:
@@ -204,7 +221,7 @@ def _write_sft(path: Path, rng: random.Random) -> None:
 
 def _write_align(path: Path, rng: random.Random) -> None:
     tracker, steps = JsonTracker(path), 40
-    for step in range(1, steps + 1):
+    for step in range(steps):
         right = 0.62 + 0.33 * (1 - math.exp(-step / 11)) + rng.gauss(0, 0.012)
         form = min(1.0, 0.96 + 0.04 * step / 20)
         tracker.log(
@@ -236,38 +253,25 @@ def _write_align(path: Path, rng: random.Random) -> None:
     tracker.close()
     _lines(
         path / "examples.jsonl",
-        [_make_example(rng, step, step / steps) for step in range(5, steps + 1, 5)],
+        [_make_example(rng, step, step / steps) for step in range(0, steps, 5)],
     )
 
 
 def _write_events(tracker: JsonTracker, steps: int, rng: random.Random) -> None:
+    """Each worker serves four groups a step; the learner is one step behind."""
     now = T0
-    for step in range(1, steps + 1):
+    for step in range(steps):
         spent = 3.6 + rng.random()
         for worker in ("rollout-0", "rollout-1"):
-            busy = spent + rng.gauss(0, 0.25)
-            tracker.event(
-                actor=worker, what="sync", start=now, end=now + 0.12, step=step, version=step - 1
-            )
-            tracker.event(
-                actor=worker,
-                what="generate",
-                start=now + 0.12,
-                end=now + busy,
-                step=step,
-                version=step - 1,
-            )
-            tracker.event(
-                actor="reward-0", what="score", start=now + busy, end=now + busy + 0.1, step=step
-            )
-        if step > 1:
-            tracker.event(actor="learner", what="wait", start=now, end=now + 0.5, step=step - 1)
-            tracker.event(
-                actor="learner", what="learn", start=now + 0.5, end=now + 4.1, step=step - 1
-            )
-            tracker.event(
-                actor="learner", what="sync", start=now + 4.1, end=now + 4.3, step=step - 1
-            )
+            tracker.event(actor=worker, what="sync", start=now, end=now + 0.12, version=step)
+            for _ in range(4):
+                start, end = now + 0.12 + rng.random() / 4, now + spent * (0.6 + 0.4 * rng.random())
+                tracker.event(actor=worker, what="generate", start=start, end=end, step=step)
+                tracker.event(actor="reward-0", what="score", start=end, end=end + 0.03, step=step)
+        if step > 0:
+            for what, start, end in (("wait", 0.0, 0.5), ("learn", 0.5, 4.1), ("sync", 4.1, 4.3)):
+                times = {"start": now + start, "end": now + end}
+                tracker.event(actor="learner", what=what, step=step - 1, **times)
         now += max(spent + 0.4, 4.4)
 
 

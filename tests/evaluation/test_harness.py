@@ -183,6 +183,18 @@ def test_limit_and_chat_reach_the_tasks(generator, tokenizer, corpus: Path) -> N
     assert found["metrics"]["arithmetic"]["exact"]["n"] == 2
 
 
+def test_a_group_has_the_mean_of_its_tasks(generator, tokenizer, corpus: Path) -> None:
+    write_tasks(("arithmetic",), corpus, corpus / "tasks", max_tokens=4)
+    (corpus / "tasks" / "both.yaml").write_text(
+        "group: both\ntask: [arithmetic]\n"
+        "aggregate_metric_list: [{metric: exact, aggregation: mean, weight_by_size: true}]\n"
+    )
+    found = evaluate_model(generator, tokenizer, ("both",), corpus / "tasks", max_length=CONTEXT)
+    assert found["metrics"]["both"]["exact"]["value"] == 0.0
+    assert found["metrics"]["both"]["exact"]["n"] == found["metrics"]["arithmetic"]["exact"]["n"]
+    assert list(found["documents"]) == ["arithmetic"]
+
+
 def test_an_unknown_task_is_answered_with_a_suggestion(generator, tokenizer, corpus: Path) -> None:
     write_tasks(("arithmetic",), corpus, corpus / "tasks", max_tokens=4)
     with pytest.raises(UserError, match="unknown task 'arithmetics'; did you mean 'arithmetic'"):

@@ -18,7 +18,9 @@ SECTIONS = [
     "journey", "data", "tokenizer", "learning", "samples", "alignment", "timeline", "rollouts",
     "evaluation", "lineage", "settings", "reproduce",
 ]  # fmt: skip
-HOSTILE = """<script>alert(1)</script><img src=x onerror="go()">'"&</style></title>"""
+HOSTILE = (
+    """http://evil.org/ <script>alert(1)</script><img src=x onerror="go()">'"&</style></title>"""
+)
 
 
 class Page(HTMLParser):
@@ -170,6 +172,7 @@ def test_no_text_of_the_run_becomes_markup(tmp_path: Path) -> None:
     assert not {"script", "img"} & set(page.tags)
     assert page.tags.count("style") == page.tags.count("head") == 1
     assert not [name for name, _ in page.attributes if name.startswith("on") or name == "src"]
+    assert not re.search(r"https?://", html)
     assert sum(HOSTILE in words for words in page.words) >= 15
     markdown = (tmp_path / "report" / "report.md").read_text()
     outside = re.sub(r"^```+text\n.*?\n```+$", "", markdown, flags=re.M | re.S)

@@ -214,13 +214,11 @@ def evaluate_model(
         # `evaluate`, not `simple_evaluate`: that one reseeds the process and lists its packages.
         found = evaluate(model, loaded, limit=limit, bootstrap_iters=1000, apply_chat_template=chat)
     assert found is not None  # None is for ranks other than 0; there is one process here
-    names = [name for name in found["results"] if name in found["samples"]]
+    samples = found["samples"]  # of tasks; groups have results only
     return {
-        "higher_is_better": {name: dict(found["higher_is_better"][name]) for name in names},
-        "metrics": {
-            name: _summarize(found["results"][name], found["samples"][name]) for name in names
-        },
-        "documents": {name: [_pick(row) for row in found["samples"][name]] for name in names},
+        "higher_is_better": {n: dict(better) for n, better in found["higher_is_better"].items()},
+        "metrics": {n: _summarize(r, samples.get(n, ())) for n, r in found["results"].items()},
+        "documents": {name: [_pick(row) for row in rows] for name, rows in samples.items()},
     }
 
 
@@ -253,7 +251,8 @@ def _summarize(
         if not isinstance(stderr, int | float):
             stderr = _ratio_stderr(metric, float(value), rows)
         name = metric if kind == "none" else f"{metric} ({kind})"
-        summary[name] = {"value": float(value), "stderr": stderr, "n": len(rows)}
+        count = len(rows) or int(results.get("sample_len", 0))
+        summary[name] = {"value": float(value), "stderr": stderr, "n": count}
     return summary
 
 

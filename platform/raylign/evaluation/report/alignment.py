@@ -25,14 +25,17 @@ from raylign.evaluation.report.figures import MINUS, show_number, show_percent, 
 from raylign.evaluation.report.findings import Findings
 from raylign.evaluation.report.learning import draw_lines
 from raylign.evaluation.report.timeline import (
+    Event,
     choose_window,
     measure_overlap,
     measure_shares,
+    merge_spans,
     order_actors,
 )
 
 MISMATCH_BAR = 1e-3
 ATTEMPTS_SHOWN = 4
+CONCURRENT = ("generate", "score")
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 # title, {metric: (name, colour)}, meaning, further options of Chart.
@@ -194,14 +197,10 @@ def build_timeline(findings: Findings) -> Section | None:
         return None
     start, end = choose_window(events)
     shares = measure_shares(events)
-    lanes = []
-    for actor in order_actors(events):
-        spans = tuple(
-            Span(e.what, max(e.start, start) - start, min(e.end, end) - start, e.step)
-            for e in events
-            if e.actor == actor and e.end > start and e.start < end
-        )
-        lanes.append(Lane(actor, spans, shares.get(actor, {})))
+    lanes = [
+        Lane(actor, _cut_spans(events, actor, start, end), shares.get(actor, {}))
+        for actor in order_actors(events)
+    ]
     together, learning = measure_overlap(events)
     steps = sorted(
         {s.step for lane in lanes for s in lane.spans if s.what == "learn" and s.step is not None}
@@ -229,6 +228,22 @@ def build_timeline(findings: Findings) -> Section | None:
         title="Who was busy when",
         lead=_describe_overlap(together, learning),
         blocks=(Facts(facts), gantt),
+    )
+
+
+def _cut_spans(events: Sequence[Event], actor: str, start: float, end: float) -> tuple[Span, ...]:
+    """What an actor did between `start` and `end`; what it does to many groups at once is one
+    span."""
+    inside = [e for e in events if e.actor == actor and e.end > start and e.start < end]
+    single = [(e.what, e.start, e.end, e.step) for e in inside if e.what not in CONCURRENT]
+    joined = [
+        (what, *span, None)
+        for what in CONCURRENT
+        for span in merge_spans((e.start, e.end) for e in inside if e.what == what)
+    ]
+    return tuple(
+        Span(what, max(begun, start) - start, min(ended, end) - start, step)
+        for what, begun, ended, step in (*single, *joined)
     )
 
 
@@ -269,7 +284,7 @@ def build_rollouts(findings: Findings) -> Section | None:
     return Section(
         key="rollouts",
         title="Rollouts to read",
-        lead="What the policy sampled, unedited, as learning went on.",
+        lead="What the policy sampled as learning went on, one line for each step of its working.",
         blocks=blocks,
     )
 

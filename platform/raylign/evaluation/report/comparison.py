@@ -179,8 +179,8 @@ def _draw_digits(findings: Findings) -> list[Block]:
             for digits, metric in lengths
         )
         meaning = (
-            "Grouped by the digits of the larger number. Long problems need the working; "
-            "guessing at sight works on short ones only."
+            "Grouped by the digits of the larger number. The longer a problem, the harder it is to "
+            "guess at sight."
         )
         return [Bars("Correct answers by problem length", groups, meaning)]
     return []

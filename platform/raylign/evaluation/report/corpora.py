@@ -10,6 +10,7 @@ from raylign.evaluation.report.document import (
     Cell,
     Fact,
     Facts,
+    Folded,
     Quote,
     Quotes,
     Section,
@@ -19,7 +20,15 @@ from raylign.evaluation.report.document import (
 from raylign.evaluation.report.figures import MINUS, show_count, show_number, show_percent
 from raylign.evaluation.report.findings import Findings
 
-EXAMPLES_PER_REASON = 2
+STEP_NAMES = {
+    "read": "Read",
+    "clean": "Clean",
+    "quality": "Quality filters",
+    "exact_duplicates": "Exact duplicates",
+    "near_duplicates": "Near duplicates",
+    "english_held_out": "Held out for evaluation",
+    "decontaminate": "Decontaminate",
+}
 
 
 def build_funnel(findings: Findings) -> Section | None:
@@ -36,25 +45,35 @@ def build_funnel(findings: Findings) -> Section | None:
         blocks.append(_tabulate_sources(funnel["sources"]))
     if funnel.get("decontamination"):
         blocks.append(Text(_describe_decontamination(funnel["decontamination"])))
-    quotes = [
-        Quote(reason.replace("_", " "), str(found.get("source", "")), str(found.get("text", "")))
-        for reason, examples in sorted(funnel.get("examples", {}).items())
-        for found in examples[:EXAMPLES_PER_REASON]
-    ]
-    if quotes:
-        blocks.append(Text("What was thrown away", heading=True))
+    examples = funnel.get("examples", {})
+    first = _quote_examples(examples, slice(0, 1))
+    if first:
+        blocks.append(Text("What was taken out", heading=True))
         blocks.append(
             Quotes(
-                tuple(quotes),
-                "Real dropped documents, one card each. Filters make "
-                "mistakes; reading what they drop is the only way to notice.",
+                first,
+                "The first document of each reason. Filters make mistakes; reading what they "
+                "drop is the only way to notice.",
             )
         )
+        more = _quote_examples(examples, slice(1, None))
+        if more:
+            blocks.append(Folded(f"{len(more)} more", (Quotes(more),)))
     return Section(
         key="data",
         title="Data funnel",
         lead="Documents go in at the top; each step may drop some, and says why.",
         blocks=tuple(blocks),
+    )
+
+
+def _quote_examples(
+    examples: Mapping[str, list[Mapping[str, Any]]], which: slice
+) -> tuple[Quote, ...]:
+    return tuple(
+        Quote(reason.replace("_", " "), str(found.get("source", "")), str(found.get("text", "")))
+        for reason, shown in sorted(examples.items())
+        for found in shown[which]
     )
 
 
@@ -67,7 +86,7 @@ def _tabulate_steps(steps: list[Mapping[str, Any]]) -> Table:
         why = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in reasons if count)
         rows.append(
             (
-                Cell(str(step["name"]).replace("_", " ")),
+                Cell(STEP_NAMES.get(step["name"], str(step["name"]).replace("_", " "))),
                 Cell(f"{step['in']:,}"),
                 Cell(f"{step['out']:,}", share=step["out"] / widest),
                 Cell(
@@ -109,17 +128,27 @@ def _tabulate_sources(sources: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _describe_decontamination(found: Mapping[str, Any]) -> str:
+    held = f"{found.get('held_out', 0):,} problems"
+    if found.get("english_held_out"):
+        held += f" and {found['english_held_out']:,} English documents"
+    done = []
+    if found.get("lines_removed"):
+        shortened = f" from {found['documents_shortened']:,} documents"
+        done.append(f"{found['lines_removed']:,} lines that contained one were cut{shortened}")
+    if found.get("documents_removed"):
+        done.append(f"{found['documents_removed']:,} documents that contained one were removed")
     left = found.get("overlap_after", 0)
-    verdict = (
-        "afterwards not one of them is left in the training text"
-        if not left
-        else f"afterwards {left:,} are still found in it"
-    )
+    verdict = "none of them is left in the training text"
+    if left:
+        verdict = f"{left:,} documents still contain one"
     return (
-        f"Protection of the test: {found.get('held_out', 0):,} problems are held out for "
-        f"evaluation. {found.get('documents_removed', 0):,} documents that contained one were "
-        f"removed; {verdict}."
+        f"Protection of the test: {held} are held out for evaluation. "
+        f"{_capitalize('; '.join([*done, f'a second look finds that {verdict}']))}."
     )
+
+
+def _capitalize(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def build_tokenizer(findings: Findings) -> Section | None:
@@ -129,48 +158,45 @@ def build_tokenizer(findings: Findings) -> Section | None:
     facts = []
     if findings.vocabulary:
         facts.append(Fact("Vocabulary", show_count(findings.vocabulary), "different tokens"))
-    for name, value in findings.stages["tokenizer"].summary.items():
-        if isinstance(value, int | float) and name not in ("vocab_size", "vocabulary"):
-            facts.append(Fact(name.replace("_", " ").capitalize(), show_number(value)))
-    splits = findings.shards.get("splits", {})
-    for name, split in splits.items():
+    rows = [row for row in findings.tokenizers if isinstance(row, Mapping)]
+    if rows and "bytes_per_token" in rows[0]:
+        bytes_each = show_number(float(rows[0]["bytes_per_token"]))
+        facts.append(Fact("Compression", f"{bytes_each} bytes", "of text in a token"))
+    for name, split in findings.shards.get("splits", {}).items():
         note = f"in {split['rows']:,} rows of {findings.shards.get('sequence_length', 0):,}"
         facts.append(Fact(f"{name.capitalize()} tokens", show_count(split["tokens"]), note))
     blocks: list[Block] = [Facts(tuple(facts))] if facts else []
-    table = _tabulate_tokenizers(findings.tokenizers)
-    if table is not None:
-        blocks.append(table)
+    if rows:
+        blocks.append(_tabulate_tokenizers(rows))
     return Section(
         key="tokenizer",
         title="Tokenizer",
-        lead="Models read tokens, not letters. The fewer tokens a text needs, the more of it fits "
+        lead="Models read tokens, not letters. The more text a token holds, the more of it fits "
         "into the same computation.",
         blocks=tuple(blocks),
     )
 
 
-def _tabulate_tokenizers(comparison: Any) -> Table | None:
-    """Rows of the comparison, whatever numbers it holds: a list, or a mapping by name."""
-    if isinstance(comparison, Mapping):
-        comparison = comparison.get("rows", comparison.get("tokenizers", comparison))
-    if isinstance(comparison, Mapping):
-        comparison = [
-            {"name": k} | dict(v) for k, v in comparison.items() if isinstance(v, Mapping)
-        ]
-    rows = [row for row in comparison if isinstance(row, Mapping)] if comparison else []
-    if not rows:
-        return None
-    keys = [k for k, v in rows[0].items() if isinstance(v, str | int | float)]
-    keys.sort(key=lambda key: not isinstance(rows[0][key], str))
+def _tabulate_tokenizers(rows: list[Mapping[str, Any]]) -> Table:
+    names = {"bpe": "This run's, byte-level BPE"}
+    longest = max(float(row.get("bytes_per_token", 0.0)) for row in rows) or 1.0
+    cells = []
+    for row in rows:
+        held = float(row.get("bytes_per_token", 0.0))
+        name = str(row.get("name", ""))
+        cells.append(
+            (
+                Cell(names.get(name, name.capitalize())),
+                Cell(f"{int(row.get('vocab_size', 0)):,}"),
+                Cell(show_number(held), share=held / longest),
+                Cell(show_percent(float(row.get("unknown_rate", 0.0)))),
+                Cell(show_percent(float(row.get("round_trip", 0.0)), 0)),
+            )
+        )
     return Table(
-        head=tuple(key.replace("_", " ").capitalize() for key in keys),
-        rows=tuple(tuple(_show_value(row.get(key)) for key in keys) for row in rows),
-        numeric=frozenset(i for i, key in enumerate(keys) if not isinstance(rows[0][key], str)),
-        caption="Compared on text of this run's corpus.",
+        head=("Tokenizer", "Entries", "Bytes a token", "Unknown tokens", "Texts restored exactly"),
+        rows=tuple(cells),
+        numeric=frozenset({1, 2, 3, 4}),
+        caption="On documents that none of them was trained on. Plain vocabularies of the same "
+        "size lose what they do not know; bytes know everything.",
     )
-
-
-def _show_value(value: Any) -> Cell:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return Cell("" if value is None else str(value))
-    return Cell(show_count(value) if isinstance(value, int) else show_number(value))

@@ -25,7 +25,9 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_percent(share: float, digits: int = 1) -> str:
-    """0.915 as `91.5%`."""
+    """0.915 as `91.5%`; a share too small to show as `<0.1%`."""
+    if 0 < share < 0.5 * 10 ** -(digits + 2):
+        return f"<{10**-digits:.{digits}f}%"
     return f"{100 * share:.{digits}f}%"
 
 

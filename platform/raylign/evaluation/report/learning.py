@@ -51,8 +51,8 @@ def build_learning(findings: Findings) -> Section | None:
     meanings = {
         "pretrain": "How surprised the model is by the next token of ordinary text, in nats. "
         "A drop of 0.7 means half the surprise.",
-        "sft": "The same measure on the assistant's words only. It starts low because "
-        "pretraining has already taught the language.",
+        "sft": "The same measure, on the assistant's words only: nothing is learned from how "
+        "users write.",
     }
     titles = {"pretrain": "Pretraining loss", "sft": "Fine-tuning loss"}
     facts: list[Fact] = []
@@ -109,8 +109,8 @@ def build_samples(findings: Findings) -> Section | None:
     return Section(
         key="samples",
         title="What it wrote along the way",
-        lead="The same prompts, continued greedily at every checkpoint. Early lines are noise; "
-        "watch grammar, then format, then arithmetic appear.",
+        lead="The same prompts, continued greedily at every checkpoint. Read "
+        "downwards to watch it learn.",
         blocks=tuple(blocks),
     )
 

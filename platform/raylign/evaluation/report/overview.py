@@ -12,6 +12,16 @@ from raylign.evaluation.report.figures import (
 )
 from raylign.evaluation.report.findings import STAGES, TITLES, Findings
 
+# What the run has come to when nothing is measured yet.
+GOALS = {
+    "corpus": "a clean corpus",
+    "tokenizer": "a tokenizer",
+    "shards": "training data",
+    "pretrain": "a language model",
+    "sft": "an assistant",
+    "align": "an aligned assistant",
+}
+
 
 def headline_metric(findings: Findings) -> tuple[str, str] | None:
     """The (task, metric) that the headline speaks of: arithmetic if there, else the first."""
@@ -57,7 +67,8 @@ def build_hero(findings: Findings) -> Hero:
     scores = list_scores(findings)
     seconds = total_seconds(findings)
     last = show_percent(scores[-1].value) if scores else ""
-    goal = f"{last} correct" if last else "a trained model"
+    made = [goal for stage, goal in GOALS.items() if stage in findings.stages]
+    goal = f"{last} correct" if last else made[-1] if made else "nothing yet"
     time = f" in {show_seconds(seconds)}" if seconds is not None else ""
     return Hero(
         eyebrow=f"Raylign · run {findings.name}",

@@ -1,12 +1,11 @@
 """A document as one self-contained HTML page: no script, no network, light and dark.
 
-Every piece of text passes through `html.escape`; nothing of the run is trusted to be markup.
+Every piece of text passes through `markup.plain`; nothing of the run is trusted to be markup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from importlib.resources import files
 from typing import Any
 
@@ -41,7 +40,7 @@ from raylign.evaluation.report.figures import (
     show_seconds,
     show_unit,
 )
-from raylign.evaluation.report.markup import color, element, text
+from raylign.evaluation.report.markup import color, element, plain, text
 from raylign.evaluation.report.plots import draw_chart, draw_gantt
 
 FOOTER = (
@@ -101,7 +100,7 @@ def _render_score(score: Score, index: int) -> str:
         gain = text("span", f"{show_points(score.gain)} points", class_=f"gain {tone}")
     return element(
         "div",
-        element("p", escape(show_model(score.model)), gain, class_="model"),
+        element("p", plain(show_model(score.model)), gain, class_="model"),
         element("p", f"{100 * score.value:.1f}", text("span", "%"), class_="big"),
         _render_track(score.value),
         text("p", "" if score.stderr is None else f"± {100 * score.stderr:.1f}", class_="small"),
@@ -160,8 +159,8 @@ def _render_journey(journey: Journey) -> str:
                 "div",
                 text("p", stop.title, class_="label"),
                 text("p", stop.figure, class_="value"),
-                element("p", escape(stop.meaning), class_="small"),
-                element("p", escape(time), text("span", show_percent(share, 0)), class_="time"),
+                element("p", plain(stop.meaning), class_="small"),
+                element("p", plain(time), text("span", show_percent(share, 0)), class_="time"),
                 class_="stop",
                 style=f"--c:{hue}",
             )
@@ -173,7 +172,7 @@ def _render_journey(journey: Journey) -> str:
 def _render_table(table: Table) -> str:
     classes = [_choose_classes(table, column) for column in range(len(table.head))]
     head = [
-        element("th", escape(title), scope="col", class_=own)
+        element("th", plain(title), scope="col", class_=own)
         for title, own in zip(table.head, classes, strict=True)
     ]
     rows = [
@@ -191,7 +190,7 @@ def _choose_classes(table: Table, column: int) -> str | None:
 
 
 def _render_cell(cell: Cell, classes: str | None) -> str:
-    content = text("code", cell.text) if cell.mono else escape(cell.text)
+    content = text("code", cell.text) if cell.mono else plain(cell.text)
     bar = ""
     if cell.share is not None:
         width = 100 * min(max(cell.share, 0.0), 1.0)
@@ -224,7 +223,7 @@ def _render_chart(chart: Chart) -> str:
 
 
 def _render_key(name: str, hue: str, value: str = "", kind: str = "key") -> str:
-    return element("span", escape(name), value, class_=kind, style=f"--c:{color(hue)}")
+    return element("span", plain(name), value, class_=kind, style=f"--c:{color(hue)}")
 
 
 def _render_bars(bars: Bars) -> str:
@@ -306,7 +305,7 @@ def _render_quotes(quotes: Quotes) -> str:
 
 
 def _render_quote(quote: Quote) -> str:
-    label = element("p", escape(quote.label), text("span", quote.source), class_="label")
+    label = element("p", plain(quote.label), text("span", quote.source), class_="label")
     return element("article", label, text("pre", quote.text), class_="quote")
 
 

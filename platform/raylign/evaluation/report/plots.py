@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 
 from raylign.evaluation.report.document import Chart, Gantt, Lane, Series
 from raylign.evaluation.report.figures import MINUS, show_percent, show_seconds, show_unit
-from raylign.evaluation.report.markup import color, element, text
+from raylign.evaluation.report.markup import color, element, plain, text
 from raylign.evaluation.report.timeline import ACTIVITIES
 
 HOVER_POINTS = 80
@@ -98,7 +97,7 @@ def _draw_y_axis(
         _, y = place(low_x, tick)
         parts.append(element("line", class_="grid", x1=LEFT, x2=width - RIGHT, y1=y, y2=y))
         place_label = {"x": LEFT - 8, "y": y + 3.5, "text_anchor": "end"}
-        label = _label_power(tick) if chart.log else escape(_label_tick(tick, ticks, chart))
+        label = _label_power(tick) if chart.log else plain(_label_tick(tick, ticks, chart))
         parts.append(element("text", label, class_="tick", **place_label))
     return parts
 

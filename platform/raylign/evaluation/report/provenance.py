@@ -53,6 +53,7 @@ def build_lineage(findings: Findings) -> Section | None:
                 head=("Stage", "Content", "Made from", "Size", "Time"),
                 rows=tuple(rows),
                 numeric=frozenset({3, 4}),
+                narrow=frozenset({1}),
                 caption=f"First {HASH_CHARS} characters of sha256; the manifests hold each file's.",
             ),
         ),
@@ -105,8 +106,7 @@ def build_reproduction(findings: Findings) -> Section | None:
     return Section(
         key="reproduce",
         title="Do it again",
-        lead="Everything on this page was read from the run directory; nothing was filled in by "
-        "hand.",
+        lead="Everything above was read from the run directory; nothing was filled in by hand.",
         blocks=tuple(blocks),
     )
 
