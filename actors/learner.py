@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from actors.weights import Canary, WeightManifest, publish_weights
 from raylign.algorithms.catalog import Algorithm, find_algorithm
 from raylign.algorithms.policy import Coefficients
-from raylign.config import AlignConfig, AlgorithmConfig
+from raylign.config import AlgorithmConfig, AlignConfig
 from raylign.models.loading import load_model, load_tokenizer, save_model
 from raylign.records import Trajectory, collate
 from raylign.tracking import Metric, merge

@@ -116,7 +116,7 @@ def publish_weights(
 ) -> WeightManifest:
     """Put `weights` into the object store as policy `version`."""
     buckets = [
-        Bucket(ray.put(data), xxhash.xxh3_128_hexdigest(data), specs)
+        Bucket(ray.put(data), xxhash.xxh3_128_hexdigest(data.data), specs)
         for data, specs in pack_weights(weights, limit)
     ]
     return WeightManifest(version, tuple(buckets), canary)

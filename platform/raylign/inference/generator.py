@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def build_generator(
 
     Raises `UserError` when vLLM is asked for and not installed, or the directory has no weights.
     """
-    options = {
+    options: dict[str, Any] = {
         "dtype": dtype,
         "max_length": max_length,
         "max_sequences": max_sequences,

@@ -1,4 +1,4 @@
-"""Plain transformers sampling behind the `Generator` protocol: slow, and needs nothing but torch."""
+"""Plain transformers sampling behind the `Generator` protocol: slow, needs nothing but torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class TransformersGenerator:
         if not self._queue:
             return []
         _, first, sampling, _ = self._queue[0]
-        batch, rest, rows = [], [], 0
+        batch: list[tuple[str, tuple[int, ...], Sampling, int]] = []
+        rest: list[tuple[str, tuple[int, ...], Sampling, int]] = []
+        rows = 0
         for item in self._queue:
             alike = len(item[1]) == len(first) and item[2] == sampling
             if alike and (not batch or rows + item[3] <= self._max_sequences):
