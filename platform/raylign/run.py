@@ -8,6 +8,7 @@ content hash, which gives lineage from policy back to corpus.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -85,8 +86,8 @@ class Run:
     ) -> Iterator[Draft]:
         """Build a stage; it appears whole when the block ends, and not at all when it raises.
 
-        Raises `UserError` when something that is not a stage has its name, or the run directory
-        cannot be written.
+        Raises `UserError` when something that is not a stage has its name, another process is
+        building it, or the run directory cannot be written.
         """
         if (self.root / name).exists() and self.find(name) is None:
             raise UserError(
@@ -94,19 +95,13 @@ class Run:
                 "move it away, or choose another run=..."
             )
         draft = Draft(self.root / f".{name}.partial")
-        shutil.rmtree(draft.path, ignore_errors=True)
-        try:
-            draft.path.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"{draft.path} cannot be made ({error.strerror}); choose another run=..."
-            ) from None
         started = time.monotonic()
-        try:
-            yield draft
-            self._commit(name, draft, settings, parents, time.monotonic() - started)
-        finally:
-            shutil.rmtree(draft.path, ignore_errors=True)
+        with _claim(draft.path):
+            try:
+                yield draft
+                self._commit(name, draft, settings, parents, time.monotonic() - started)
+            finally:
+                shutil.rmtree(draft.path, ignore_errors=True)
 
     def _commit(
         self,
@@ -209,6 +204,33 @@ def write_json(file: Path, value: Any) -> None:
     temporary.write_text(json.dumps(value, indent=1, default=str), encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, file)
+
+
+@contextmanager
+def _claim(directory: Path) -> Iterator[None]:
+    """Make or empty a directory and lock it; the lock dies with its holder, however that ends."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be made ({error.strerror}); choose another run=..."
+        ) from None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is building {directory}; wait for it, or choose another run=..."
+            ) from None
+        for leftover in directory.iterdir():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -165,7 +165,7 @@ class ProgressBoard:
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, total: float | None, unit: str = "step") -> Iterator[Bar]:

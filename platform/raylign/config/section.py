@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+_NUMBERS = (int, float, int | None, float | None)
+
 
 class UserError(Exception):
     """Something the user can put right: one line that says what, where, and the remedy.
@@ -15,7 +17,11 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    """Frozen, typed, and closed: an unknown key is an error, never ignored."""
+    """Frozen, typed, and closed: an unknown key is an error, never ignored.
+
+    Where a section sets defaults of its own for a section inside it (`align.optimizer` has no weight
+    decay), those hold for every key that a recipe leaves out.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
@@ -23,9 +29,22 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_switch_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read_value(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, dict) and isinstance(field.default, Section):
+            return _complete(value, field.default)
         # YAML reads `yes` and `on` as true, which would quietly become 1.
-        wanted = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and wanted in (int, float):
+        if isinstance(value, bool) and field.annotation in _NUMBERS:
             raise ValueError("input should be a number, not true or false")
         return value
+
+
+def _complete(given: dict[str, Any], default: Section) -> dict[str, Any]:
+    """`given`, with what `default` sets explicitly where it is silent."""
+    complete = {name: getattr(default, name) for name in default.model_fields_set}
+    for name, value in given.items():
+        preset = complete.get(name)
+        if isinstance(value, dict) and isinstance(preset, Section):
+            value = _complete(value, preset)
+        complete[name] = value
+    return complete

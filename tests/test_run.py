@@ -1,0 +1,211 @@
+"""Stages are whole or absent, whatever happens while one is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raylign.config import UserError
+from raylign.run import Run, content_hash, fingerprint, hash_json, verify, write_json
+
+# Writes stage `s` once for each call into the file system that writing makes, and dies by SIGKILL
+# at that call; says after each death what a reader finds, and whether a rerun completes.
+CRASHES = """
+import os, shutil, signal, sys
+from pathlib import Path
+from raylign.run import Run, verify
+
+root, replace = Path(sys.argv[1]), sys.argv[2] == "replace"
+
+def write(run, text, die_at=None):
+    calls = 0
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+    if die_at is not None:
+        for name in ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+    with run.write("s", {"text": text}, {}) as draft:
+        (draft.path / "model").mkdir()
+        (draft.path / "model" / "a").write_text(text)
+        (draft.path / "b").write_text(text)
+    return calls
+
+for die_at in range(1, 1000):
+    run = Run(root / str(die_at))
+    if replace:
+        write(run, "old")
+    child = os.fork()
+    if not child:
+        write(run, "new", die_at)
+        os._exit(0)
+    died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    stage = run.find("s")
+    texts = {(stage.path / name).read_text() for name in ("model/a", "b")} if stage else {"absent"}
+    assert not stage or not verify(stage), die_at
+    assert died or texts == {"new"}, die_at
+    write(run, "newer")
+    assert (run.find("s").path / "b").read_text() == "newer"
+    assert [p.name for p in run.root.iterdir()] == ["s"], list(run.root.iterdir())
+    if not died:
+        break
+    print(*texts)
+"""
+
+
+def build(run: Run, name: str = "s", text: str = "x", **settings: object) -> None:
+    with run.write(name, settings, {}) as draft:
+        (draft.path / "file").write_text(text)
+        draft.summary["length"] = len(text)
+
+
+def test_a_finished_stage_says_what_it_is(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.write("s", {"lr": 0.1, "at": Path("a")}, {"corpus": "c0"}) as draft:
+        (draft.path / "sub").mkdir()
+        (draft.path / "sub" / "file").write_text("hello")
+        draft.summary["loss"] = 1.5
+        assert run.find("s") is None
+    stage = run.require("s", "job")
+    assert stage.path == tmp_path / "s"
+    assert stage.manifest.settings == {"lr": 0.1, "at": "a"}
+    assert stage.manifest.parents == {"corpus": "c0"}
+    assert stage.manifest.summary == {"loss": 1.5}
+    assert stage.manifest.files["sub/file"]["size"] == 5
+    assert stage.manifest.fingerprint == fingerprint({"lr": 0.1, "at": Path("a")}, {"corpus": "c0"})
+    assert verify(stage) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), Run(tmp_path).write("s", {}, {}) as draft:
+        (draft.path / "file").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exception_keeps_the_stage_that_was_there(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    build(run, text="old")
+    with pytest.raises(ValueError), run.write("s", {}, {}):
+        raise ValueError
+    assert (run.require("s", "job").path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("mode", "outcomes"), [("create", {"absent", "new"}), ("replace", {"absent", "old", "new"})]
+)
+def test_a_kill_at_any_file_operation_leaves_a_whole_stage_or_none(
+    tmp_path: Path, mode: str, outcomes: set[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES, str(tmp_path), mode],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": "platform"},
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    seen = done.stdout.split()
+    assert len(seen) > 10
+    assert set(seen) == outcomes
+
+
+def test_two_processes_cannot_build_one_stage(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.write("s", {}, {}) as draft:
+        (draft.path / "file").write_text("mine")
+        code = "import sys; from raylign.run import Run\nwith Run(sys.argv[1]).write('s', {}, {}): 0"
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": "platform"},
+            cwd=Path(__file__).parents[1],
+        )
+        assert "UserError: another process is building" in other.stderr
+    assert (tmp_path / "s" / "file").read_text() == "mine"
+
+
+def test_a_directory_that_is_no_stage_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("precious")
+    run = Run(tmp_path)
+    run.discard("s")
+    with pytest.raises(UserError, match="not a finished stage"), run.write("s", {}, {}):
+        pass
+    assert (tmp_path / "s" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"choose another run="):
+        build(Run(tmp_path / "file" / "run"))
+
+
+def test_verify_names_changed_and_missing_files(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.write("s", {}, {}) as draft:
+        for name in ("changed", "missing", "well"):
+            (draft.path / name).write_text(name)
+    stage = run.require("s", "job")
+    (stage.path / "changed").write_text("chang€d")
+    (stage.path / "missing").unlink()
+    assert verify(stage) == ["changed", "missing"]
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": "s"', "[]", '{"stage": "s"}', "\x00"])
+def test_a_damaged_manifest_is_the_users_to_decide(tmp_path: Path, text: str) -> None:
+    run = Run(tmp_path)
+    build(run)
+    (tmp_path / "s" / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"is damaged .*; delete .*/s and rerun"):
+        run.find("s")
+    run.discard("s")
+    assert run.find("s") is None
+
+
+def test_a_missing_stage_names_the_job_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no finished 'sft' stage; run `python -m jobs.sft`"):
+        Run(tmp_path).require("sft", "sft")
+
+
+def test_fingerprints_depend_on_settings_and_parents_alone() -> None:
+    one = fingerprint({"a": 1, "b": (1, 2)}, {"x": "h1", "y": "h2"})
+    assert one == fingerprint({"b": [1, 2], "a": 1}, {"y": "h2", "x": "h1"})
+    assert one != fingerprint({"a": 2, "b": (1, 2)}, {"x": "h1", "y": "h2"})
+    assert one != fingerprint({"a": 1, "b": (1, 2)}, {"x": "h1", "y": "h3"})
+    # Renaming an input, or moving it, is not other work.
+    assert one == fingerprint({"a": 1, "b": (1, 2)}, {"z": "h1", "y": "h2"})
+
+
+def test_content_is_the_same_wherever_and_whenever_it_was_made(tmp_path: Path) -> None:
+    build(Run(tmp_path / "a"), text="same", seed=1)
+    build(Run(tmp_path / "b"), text="same", seed=2)
+    build(Run(tmp_path / "c"), text="other", seed=1)
+    a, b, c = (content_hash(tmp_path / name / "s") for name in "abc")
+    assert a == b != c
+    # A plain directory with the same file, and a lone file, have a hash too.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").write_text("same")
+    assert content_hash(plain) == a
+    assert content_hash(plain / "file") != a
+
+
+def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(file, (loop := {}) | {"loop": [loop.setdefault("me", loop)]})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
