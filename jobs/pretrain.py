@@ -1,0 +1,138 @@
+"""Pre-training: `python -m jobs.pretrain recipe.yaml [pretrain.key=value ...]`.
+
+Next-token prediction on packed shards, from a shape or from existing weights. Writes the `pretrain`
+stage: a plain Hugging Face directory `model/`, metrics and samples.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from jobs.entry import locate, main, perform, section
+from raylign.config import ModelConfig, PretrainConfig, Recipe, UserError
+from raylign.data.packing import PackedShards
+from raylign.models.loading import load_config, load_tokenizer, pad_id
+from raylign.models.presets import build_config
+from raylign.run import Draft, Run
+from raylign.runtime import derive_seed
+from raylign.tracking import ProgressBoard
+from raylign.training.loop import SupervisedTask
+from raylign.training.rows import CorpusRows
+from raylign.training.supervised import train
+
+
+def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
+    """The `pretrain` stage."""
+    config = section(recipe, "pretrain", PretrainConfig)
+    parents = {}
+    shards, parents["shards"] = locate(run, config.corpus, "shards", "prepare", "pretrain.corpus")
+    tokenizer, parents["tokenizer"] = locate(
+        run, config.tokenizer, "tokenizer", "tokenizer", "pretrain.tokenizer"
+    )
+    start: Path | None = None
+    if isinstance(config.model, Path):
+        start, parents["model"] = locate(
+            run, config.model, "pretrain", "pretrain", "pretrain.model"
+        )
+        start = start / "model" if (start / "model").is_dir() else start  # a stage of ours
+
+    def build(draft: Draft) -> None:
+        rows = PackedShards(shards)
+        if rows.tokenizer != parents["tokenizer"]:
+            raise UserError(
+                f"shards {shards} were made with another tokenizer than {tokenizer}; name theirs "
+                "in pretrain.tokenizer, or prepare the shards again"
+            )
+        model = choose_model(config, start, tokenizer, rows)
+        task = plan(
+            recipe.seed, config, model if start is None else start, shards, tokenizer, draft
+        )
+        with board.bar("pretrain", config.steps) as bar:
+            draft.summary.update(train(task, config.workers, bar))
+        show(draft, board)
+
+    settings = {"pretrain": config.model_dump(mode="json"), "seed": recipe.seed}
+    perform(run, "pretrain", settings, parents, board, build)
+
+
+def choose_model(
+    config: PretrainConfig, start: Path | None, tokenizer: Path, rows: PackedShards
+) -> PreTrainedConfig:
+    """Configuration of the model to train; raises `UserError` when it does not fit the shards."""
+    if isinstance(config.model, ModelConfig):
+        loaded = load_tokenizer(tokenizer)
+        model: PreTrainedConfig = build_config(
+            config.model, len(loaded), pad_id=pad_id(loaded), eos_id=loaded.eos_token_id
+        )
+        context, vocabulary = "pretrain.model.context", len(loaded)
+    else:
+        assert start is not None
+        model = load_config(start)
+        context, vocabulary = f"the context of {start}", model.vocab_size
+    if rows.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"{context}={model.max_position_embeddings} is shorter than the shards' rows of "
+            f"{rows.sequence_length} tokens; raise it, or lower prepare.sequence_length"
+        )
+    if rows.vocab_size > vocabulary:
+        raise UserError(
+            f"the shards hold {rows.vocab_size} different tokens and the model knows {vocabulary}; "
+            "prepare them with the model's tokenizer"
+        )
+    if not rows.rows:
+        raise UserError("the shards hold no rows to train on; prepare more text")
+    return model
+
+
+def plan(
+    seed: int,
+    config: PretrainConfig,
+    start: Path | PreTrainedConfig,
+    shards: Path,
+    tokenizer: Path,
+    draft: Draft,
+) -> SupervisedTask:
+    """The task as every rank gets it."""
+    spell = load_tokenizer(tokenizer)
+    prompts = (
+        (text, spell.encode(text, add_special_tokens=False)) for text in config.sample_prompts
+    )
+    return SupervisedTask(
+        name="pretrain",
+        output=draft.path,
+        start=start,
+        tokenizer=tokenizer,
+        open_rows=partial(CorpusRows, shards, isolate=config.isolate_documents),
+        weight_seed=derive_seed(seed, "pretrain", "weights"),
+        order_seed=derive_seed(seed, "pretrain", "order"),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        isolate=config.isolate_documents,
+        checkpoint_every=config.checkpoint_every,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        engine=config.engine,
+        threads=config.workers.threads,
+        prompts=tuple((text, tuple(ids)) for text, ids in prompts),
+        sample_tokens=config.sample_tokens,
+    )
+
+
+def show(draft: Draft, board: ProgressBoard) -> None:
+    """The outcome of a supervised stage, in one line."""
+    found = draft.summary
+    checked = found["validation_loss"]
+    validation = "" if checked is None else f", validation {checked:.3f}"
+    board.say(
+        f"  {found['parameters']:,} parameters, {found['tokens'] / 1e6:.1f} M tokens at "
+        f"{found['tokens_per_second']:,.0f} a second; loss {found['initial_loss']:.3f} to "
+        f"{found['loss']:.3f}{validation}"
+    )
+
+
+if __name__ == "__main__":
+    main("pretrain", run)

@@ -1,0 +1,141 @@
+"""Packed rows as supervised training reads them, and how a step's rows are dealt to ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from raylign.data.chat import Conversation
+from raylign.data.packing import PackedShards, attention_mask, pack_best_fit, positions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Rows that a rank computes at once."""
+
+    tokens: torch.Tensor
+    """int64 [B, T]"""
+    trained: torch.Tensor
+    """bool [B, T]: True where token t is a target."""
+    attention_mask: torch.Tensor | None
+    """bool [B, 1, T, T], or None for plain causal attention."""
+    position_ids: torch.Tensor | None
+    """int64 [B, T], or None for 0..T-1."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same rows on `device`."""
+        mask, places = self.attention_mask, self.position_ids
+        return MicroBatch(
+            self.tokens.to(device),
+            self.trained.to(device),
+            None if mask is None else mask.to(device),
+            None if places is None else places.to(device),
+        )
+
+
+class Rows(Protocol):
+    """Packed rows on disk: opening costs nothing, reading costs the rows."""
+
+    count: int
+    """Rows there are."""
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens int64 [n, T], segments int64 [n, T] and trained bool [n, T] of the given rows."""
+        ...
+
+
+class CorpusRows:
+    """Rows of packed shards; every real token that something may predict is trained."""
+
+    def __init__(self, directory: Path, split: str, isolate: bool) -> None:
+        """With `isolate` nothing predicts the first token of a document. Raises `UserError` when
+        the shards are missing or damaged."""
+        self._shards, self._isolate = PackedShards(directory, split), isolate
+        self.count = self._shards.rows
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens, segments = self._shards.read(indices)
+        trained = segments > 0
+        trained[:, 0] = False
+        if self._isolate:
+            trained[:, 1:] &= segments[:, 1:] == segments[:, :-1]
+        return tokens, segments, trained
+
+
+class DemonstrationRows:
+    """Rows that `write_demonstrations` wrote."""
+
+    def __init__(self, directory: Path, split: str) -> None:
+        self._columns = [
+            np.load(directory / f"{split}.{name}.npy", mmap_mode="r")
+            for name in ("tokens", "segments", "trained")
+        ]
+        self.count = len(self._columns[0])
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens, segments, trained = (column[np.asarray(indices)] for column in self._columns)
+        return tokens.astype(np.int64), segments.astype(np.int64), trained
+
+
+def write_demonstrations(
+    conversations: Sequence[Conversation], length: int, pad: int, directory: Path, split: str
+) -> int:
+    """Fit conversations into rows of `length` tokens, best fit, none cut; the number of rows."""
+    groups = pack_best_fit([len(c.token_ids) for c in conversations], length)
+    tokens = np.full((len(groups), length), pad, np.int32)
+    segments = np.zeros((len(groups), length), np.uint16)
+    trained = np.zeros((len(groups), length), bool)
+    for row, group in enumerate(groups):
+        start = 0
+        for segment, item in enumerate(group, 1):
+            end = start + len(conversations[item].token_ids)
+            tokens[row, start:end] = conversations[item].token_ids
+            trained[row, start:end] = conversations[item].trained
+            segments[row, start:end] = segment
+            start = end
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(directory / f"{split}.tokens.npy", tokens)
+    np.save(directory / f"{split}.segments.npy", segments)
+    np.save(directory / f"{split}.trained.npy", trained)
+    return len(groups)
+
+
+def assemble(
+    tokens: np.ndarray, segments: np.ndarray, trained: np.ndarray, isolate: bool
+) -> MicroBatch:
+    """A micro-batch of rows [B, T]. No rows give one that trains nothing, so that every rank has
+    something to compute."""
+    if not len(tokens):
+        nothing = torch.zeros((1, 2), dtype=torch.int64)
+        return MicroBatch(nothing, nothing.bool(), None, None)
+    mask = places = None
+    # Rows of one document and padding on their right need no mask: causal attention isolates them.
+    if isolate and (segments > 1).any():
+        documents = torch.from_numpy(segments)
+        mask, places = attention_mask(documents), positions(documents)
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(trained), mask, places)
+
+
+def deal(rows: int, rank: int, ranks: int, micro_batch: int) -> list[slice]:
+    """Which of a step's `rows` this rank computes, as micro-batches of at most `micro_batch`.
+
+    All ranks get equally many, as collectives need; with few rows some are empty. Together the
+    slices of all ranks cover every row once.
+    """
+    bounds = [rows * place // ranks for place in range(ranks + 1)]
+    largest = max(bounds[place + 1] - bounds[place] for place in range(ranks))
+    pieces = max(1, -(-largest // micro_batch))
+    start, size = bounds[rank], bounds[rank + 1] - bounds[rank]
+    cuts = [start + size * place // pieces for place in range(pieces + 1)]
+    return [slice(cuts[place], cuts[place + 1]) for place in range(pieces)]

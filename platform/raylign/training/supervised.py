@@ -1,0 +1,167 @@
+"""The one Ray Train loop, of pre-training and of fine-tuning alike.
+
+Ray Train starts the ranks, and starts them again when one dies; what survives is in the output
+directory, which every rank must see. The driver follows the run by reading its metrics file, so the
+ranks wait for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raylign.config import UserError, WorkersConfig
+from raylign.run import write_json
+from raylign.tracking import METRICS_FILE, Bar, read_lines
+from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
+
+POLL_S = 0.5
+
+# What a rank says when it is another one that failed.
+_ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+
+_REFUSAL = "refusal.json"
+_RAY_FILES = ".ray"
+
+
+def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, Any]:
+    """Run `task` on Ray workers and leave `model/` and `metrics.jsonl` in its output directory.
+
+    Returns the summary of the run. Checkpoints are gone when it ends; the exported model stays.
+    Raises `UserError` for what the user can put right, a group that keeps dying included.
+    """
+    _require_room(task.name, workers)
+    outcome = _Outcome()
+    thread = threading.Thread(target=_fit, args=(task, workers, outcome), daemon=True)
+    # A thread of its own: Ray Train would take over Ctrl-C in the main one.
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        _show(task, bar)
+    try:
+        _raise_failure(task, workers, outcome.error)
+        assert outcome.result is not None
+        return _summarise(task, outcome.result)
+    finally:
+        for name in (CHECKPOINTS, _RAY_FILES):
+            shutil.rmtree(task.output / name, ignore_errors=True)
+
+
+def train_rank(config: Mapping[str, Any]) -> dict[str, float] | None:
+    """What every rank runs. A mistake of the user is written down, and not tried again."""
+    task: SupervisedTask = config["task"]
+    refusal = task.output / _REFUSAL
+    if refusal.exists():
+        return None
+    torch.set_num_threads(task.threads)
+    try:
+        return SupervisedLoop(task).run()
+    except UserError as error:
+        write_json(refusal, str(error))
+        return None
+
+
+class _Outcome:
+    """What the fitting thread leaves behind."""
+
+    result: dict[str, float] | None = None
+    error: BaseException | None = None
+
+
+def _fit(task: SupervisedTask, workers: WorkersConfig, outcome: _Outcome) -> None:
+    per_worker = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(timeout_s=task.engine.timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=bool(workers.gpus),
+            resources_per_worker=per_worker,
+        ),
+        run_config=RunConfig(
+            name=task.name,
+            storage_path=str(task.output / _RAY_FILES),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        outcome.result = trainer.fit().return_value
+    except BaseException as error:  # the edge of a thread: the main one raises it
+        outcome.error = error
+
+
+def _require_room(name: str, workers: WorkersConfig) -> None:
+    """Ray would wait without end for what the cluster does not have."""
+    present = ray.cluster_resources()
+    for kind, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
+        if each * workers.count > present.get(kind, 0.0):
+            raise UserError(
+                f"{name}.workers: {workers.count} ranks of {each:g} {kind} do not fit the "
+                f"{present.get(kind, 0.0):g} {kind} of the cluster; lower "
+                f"{name}.workers.count or {name}.workers.{kind.lower()}s"
+            )
+
+
+def _show(task: SupervisedTask, bar: Bar) -> None:
+    rows = read_lines(task.output / METRICS_FILE)
+    if rows:
+        row = rows[-1]
+        checked = [r["validation_loss"] for r in rows if "validation_loss" in r]
+        note = f"loss {row['loss']:.3f}"
+        note += f"  validation {checked[-1]:.3f}" if checked else ""
+        bar.update(row["step"], f"{note}  {row['tokens_per_second']:,.0f} tokens/s")
+
+
+def _raise_failure(
+    task: SupervisedTask, workers: WorkersConfig, error: BaseException | None
+) -> None:
+    refusal = task.output / _REFUSAL
+    if refusal.exists():
+        raise UserError(json.loads(refusal.read_text(encoding="utf-8")))
+    if isinstance(error, WorkerGroupError):
+        raise explain_failure(task.name, workers.max_failures, error.worker_failures) from error
+    if error is not None:
+        raise error
+
+
+def explain_failure(name: str, restarts: int, failures: Mapping[int, BaseException]) -> Exception:
+    """One line about the rank that failed first, of a group whose other ranks failed with it.
+
+    A process that died is the user's to put right; an exception of ours is a defect, and stays one.
+    """
+
+    def likelihood(rank: int) -> tuple[bool, int]:
+        return any(echo in str(failures[rank]) for echo in _ECHOES), rank
+
+    rank = min(failures, key=likelihood)
+    failure = failures[rank]
+    text = str(failure).strip().splitlines() or [type(failure).__name__]
+    if "Actor" in f"{type(failure).__name__}{text}":
+        return UserError(
+            f"{name}: rank {rank} died, after {restarts} restarts of the group ({text[0]}); if "
+            f"memory ran out lower {name}.micro_batch_size, else raise {name}.workers.max_failures"
+        )
+    return RuntimeError(f"{name}: rank {rank} failed: {type(failure).__name__}: {text[-1]}")
+
+
+def _summarise(task: SupervisedTask, result: Mapping[str, float]) -> dict[str, Any]:
+    rows = read_lines(task.output / METRICS_FILE)
+    checked = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    return {
+        "initial_loss": rows[0]["loss"],
+        "loss": rows[-1]["loss"],
+        "validation_loss": checked[-1] if checked else None,
+        "steps": task.steps,
+        "tokens": int(result["tokens"]),
+        "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
+        "parameters": int(result["parameters"]),
+    }
