@@ -6,7 +6,7 @@
                                 │                                which texts are held out
                               fates
                                 │
-    row files ─▶ decide ─▶ documents/, excluded/, held-out texts  Ray Data, one task a row file
+    row files ─▶ decide ─▶ documents/, excluded/, held-out texts  Ray Data, one task a part
 
 Row-wise work is Ray Data's; what groups (duplicates) works on 240 bytes a document and never moves
 text. Every file is a function of recipe and data: not of the number of workers or their order.
@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from raylign.run import write_json
 from raylign.tracking import ProgressBoard
 
 Pass = Callable[..., Any]
+COMPARED = ["doc_id", "source", "stage", "hash", "bands", "sketch", "shingles"]
+"""Columns of the row files that the search for duplicates needs: everything but text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,10 +75,13 @@ def build_corpus(
     for folder in (work, directory / "documents", directory / "excluded"):
         folder.mkdir(parents=True)
     problems = draw_problems(config.textbook, seed)
-    names = _read(slices, config, seed, work, board)
-    fates = decide_fates(_load(work, names), slices, config, seed)
-    index = _index(problems.held_out, work, names, fates, config)
-    tally = _decide(names, fates, config, index, directory, board)
+    files = passes.group_files(_read(slices, config, seed, work, board))
+    if not files:
+        raise UserError("prepare.sources: no documents were found in any source; name others")
+    table = passes.read_files(work, chain.from_iterable(files), COMPARED)
+    fates = decide_fates(table, slices, config, seed)
+    index = _index(problems.held_out, work, files, fates, config)
+    tally = _decide(files, fates, config, index, directory, board)
     if not tally.left.get(""):
         raise UserError(explain_empty(tally, config))
     if tally.overlap_after:
@@ -133,7 +139,7 @@ def _quiet() -> None:
 def _read(
     slices: Sequence[Slice], config: PrepareConfig, seed: int, work: Path, board: ProgressBoard
 ) -> list[str]:
-    """First pass; the names of the row files in corpus order."""
+    """First pass; the names of the row files."""
     transforms: list[Pass] = [
         partial(passes.read_rows, textbook=config.textbook, seed=seed),
         passes.clean_rows,
@@ -143,16 +149,7 @@ def _read(
     ]
     rows = [dataclasses.asdict(part) for part in slices]
     written = stream(rows, transforms, board, "read", "slice", "rows")
-    return sorted(row["name"] for row in written)
-
-
-def _load(work: Path, names: Sequence[str]) -> pa.Table:
-    """Everything but the texts of all row files, one row a document, in corpus order."""
-    columns = ["doc_id", "source", "stage", "hash", "bands", "sketch", "shingles"]
-    tables = [pq.read_table(work / name, columns=columns) for name in names]
-    if not tables:
-        raise UserError("prepare.sources: no documents were found in any source; name others")
-    return pa.concat_tables(tables)
+    return [row["name"] for row in written]
 
 
 def decide_fates(
@@ -210,32 +207,34 @@ def _draw_share(ids: np.ndarray, rows: np.ndarray, share: float, seed: int) -> n
 def _index(
     held_out: Sequence[Problem],
     work: Path,
-    names: Sequence[str],
+    files: Sequence[Sequence[str]],
     fates: Fates,
     config: PrepareConfig,
 ) -> Index:
     """Everything that training may not see: held-out problems and held-out English texts."""
     items = list_needles(held_out)
-    for file, rows in _split_by_file(work, names, fates):
+    for names, rows in _split(work, files, fates):
         wanted = np.flatnonzero(fates.stages[rows] == "english_held_out")
         if len(wanted):
-            texts = pq.read_table(work / file, columns=["text"])["text"].take(pa.array(wanted))
-            items += texts.to_pylist()
+            texts = passes.read_files(work, names, ["text"])["text"]
+            items += texts.take(pa.array(wanted)).to_pylist()
     return build_index(items, config.decontaminate.ngram)
 
 
-def _split_by_file(work: Path, names: Sequence[str], fates: Fates) -> Iterator[tuple[str, slice]]:
-    """(row file, its documents in corpus order)."""
+def _split(
+    work: Path, files: Sequence[Sequence[str]], fates: Fates
+) -> Iterator[tuple[Sequence[str], slice]]:
+    """(row files of one part, its documents in corpus order)."""
     start = 0
-    for name in names:
-        stop = start + pq.read_metadata(work / name).num_rows
-        yield name, slice(start, stop)
+    for names in files:
+        stop = start + sum(pq.read_metadata(work / name).num_rows for name in names)
+        yield names, slice(start, stop)
         start = stop
     assert start == len(fates.stages)
 
 
 def _decide(
-    names: Sequence[str],
+    files: Sequence[Sequence[str]],
     fates: Fates,
     config: PrepareConfig,
     index: Index,
@@ -247,12 +246,12 @@ def _decide(
     parts = [
         {
             "number": number,
-            "name": name,
+            "names": list(names),
             "stage": fates.stages[rows].tolist(),
             "duplicate_of": fates.duplicate_of[rows].tolist(),
             "similarity": [None if np.isnan(s) else float(s) for s in fates.similarity[rows]],
         }
-        for number, (name, rows) in enumerate(_split_by_file(work, names, fates))
+        for number, (names, rows) in enumerate(_split(work, files, fates))
     ]
     transform = partial(
         passes.decide_rows,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -92,29 +93,36 @@ def sign_rows(table: pa.Table, config: DedupConfig) -> pa.Table:
 
 
 def write_rows(table: pa.Table, directory: str) -> pa.Table:
-    """Write a row file for each batch of `read_slice` in `table`, named after its first document.
+    """Write a row file for each batch of `read_slice` in `table`.
 
-    Ray Data joins small tables on their way here as it sees fit; the files do not depend on that.
-    Returns `number` (of the slice), `name` and `rows`.
+    On their way here Ray Data may join tables, or split them. A file never holds parts of two
+    batches, and its name says which batch and from which document on, so that `group_files` can
+    put the batches together again. Returns `number` (of the slice), `name` and `rows`.
     """
     results: dict[str, list[Any]] = {"number": [], "name": [], "rows": []}
     keys = table.select(["slice", "batch"]).to_pylist()
     starts = [row for row, key in enumerate(keys) if row == 0 or key != keys[row - 1]]
     for start, stop in zip(starts, [*starts[1:], table.num_rows], strict=True):
         part, number = table.slice(start, stop - start), keys[start]["slice"]
-        name = f"rows-{number:06d}-{part['position'][0].as_py():012d}.parquet"
+        place = f"{number:06d}-{keys[start]['batch']:012d}-{part['position'][0].as_py():012d}"
+        name = f"rows-{place}.parquet"
         write_parquet(part, Path(directory, name))
         for column, value in (("number", number), ("name", name), ("rows", part.num_rows)):
             results[column].append(value)
     return pa.table(results)
 
 
+def group_files(names: Iterable[str]) -> list[list[str]]:
+    """Row files in corpus order, those of one batch together."""
+    return [list(group) for _, group in groupby(sorted(names), key=lambda n: n.rpartition("-")[0])]
+
+
 def decide_rows(
     parts: pa.Table, directory: str, work: str, index: Index, config: DecontaminateConfig
 ) -> pa.Table:
-    """Write kept, excluded and held-out documents of each row file.
+    """Write kept, excluded and held-out documents of each part of the corpus.
 
-    `parts` has `number`, `name` (row file) and, one entry a document, `stage` ("" for kept),
+    `parts` has `number`, `names` (row files) and, one entry a document, `stage` ("" for kept),
     `duplicate_of` and `similarity`. Returns `number` and the part's `Tally` as JSON.
     """
     numbers, tallies = [], []
@@ -125,11 +133,16 @@ def decide_rows(
     return pa.table({"number": numbers, "tally": tallies})
 
 
+def read_files(work: Path, names: Iterable[str], columns: list[str]) -> pa.Table:
+    """Columns of row files, one after the other."""
+    return pa.concat_tables([pq.read_table(work / name, columns=columns) for name in names])
+
+
 def _decide_part(
     part: dict[str, Any], directory: Path, work: Path, index: Index, config: DecontaminateConfig
 ) -> Tally:
     columns = ["doc_id", "source", "origin", "text", "reasons"]
-    rows = pq.read_table(work / part["name"], columns=columns).to_pylist()
+    rows = read_files(work, part["names"], columns).to_pylist()
     tally = Tally()
     kept: list[dict[str, Any]] = []
     excluded: list[dict[str, Any]] = []

@@ -21,6 +21,12 @@ from raylign.data.words import mix, split_words
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _FEWEST_WORDS = 2
 
+# What other authors write; the textbook's own phrasings come from `list_phrasings`.
+_SHORT_FORMS = {
+    "+": ("{a} + {b}", "{a} plus {b}", "sum of {a} and {b}", "add {a} and {b}"),
+    "-": ("{a} - {b}", "{a} minus {b}", "difference of {a} and {b}", "subtract {b} from {a}"),
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Index:
@@ -79,26 +85,25 @@ def build_index(items: Iterable[str], ngram: int) -> Index:
 def list_needles(problems: Iterable[Problem]) -> list[str]:
     """Every way in which a text could ask or state one of `problems`.
 
-    Besides the textbook's own phrasings: additions with their operands exchanged, and phrases with
-    the operation written without blanks. (A bare `3+5=8` is not a needle: it is a step in the
-    working of longer problems.)
+    Besides the textbook's own phrasings: shorter ones, additions with their operands exchanged, and
+    phrases with the operation written without blanks. (A bare `3+5=8` is not a needle: it is a step
+    in the working of longer problems.)
     """
     needles: set[str] = set()
     for problem in problems:
-        needles.update(list_phrasings(problem))
+        phrases = list_phrasings(problem)
+        phrases += [form.format(a=problem.a, b=problem.b) for form in _SHORT_FORMS[problem.op]]
+        needles.update(phrases)
         if problem.op == "+":
-            needles.update(_list_exchanged(problem))
+            needles.update(_exchange(phrases, problem))
     tight = {n.replace(" + ", "+").replace(" - ", "-") for n in needles if any(map(str.isalpha, n))}
     return sorted(needles | tight)
 
 
-def _list_exchanged(problem: Problem) -> list[str]:
-    """Phrasings of `b + a`; each has the two operands as its only numbers."""
+def _exchange(phrases: Iterable[str], problem: Problem) -> list[str]:
+    """The phrases with `a` for `b` and `b` for `a`, which are the only numbers in them."""
     total = problem.a + problem.b
-    return [
-        re.sub(r"\d+", lambda number: str(total - int(number[0])), phrase)
-        for phrase in list_phrasings(problem)
-    ]
+    return [re.sub(r"\d+", lambda number: str(total - int(number[0])), p) for p in phrases]
 
 
 def find_matches(texts: pa.Array | pa.ChunkedArray | list[str], index: Index) -> Matches:

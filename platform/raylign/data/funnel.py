@@ -91,8 +91,6 @@ class Tally:
 def explain_empty(tally: Tally, config: PrepareConfig) -> str:
     """One line: what became of all documents, and what to change."""
     total = sum(tally.left.values())
-    if not total:
-        return "prepare.sources: no documents were found in any source; name others"
     counts = {
         (stage, reason): count
         for stage, reasons in tally.dropped.items()

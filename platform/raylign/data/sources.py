@@ -40,8 +40,8 @@ SCHEMA = pa.schema(
     ]
 )
 """A document on its way: `origin` says in words where it stood, `reasons` why it is rejected (empty
-while it is not), `slice` and `position` give its place in the order of the whole corpus, and `batch`
-is the position of the first document of its table."""
+while it is not), `slice` and `position` give its place in the order of the corpus, and `batch` is
+the position of the first document of its table."""
 
 
 @dataclass(frozen=True, slots=True)

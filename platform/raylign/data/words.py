@@ -6,7 +6,8 @@ Duplicate search and decontamination see text through the same definition of a w
   of typographic punctuation U+2000..U+203F, which separates;
 - `+ - * / = . ,` between two digits belong to the word, so `3+5=8` and `3.5` are one word each and
   neither contains the word `5`;
-- `+ - * / =` standing alone between blanks is a word, so `3 + 5` has three;
+- `+ - * / =` standing alone, after a blank and before no letter, digit or operator, is a word, so
+  `3 + 5 =?` has four;
 - every other byte separates.
 
 Digits are kept as they are: pages that differ in their numbers only are not duplicates.
@@ -121,7 +122,9 @@ def _scan(data, offsets, role, folded, hashes, starts, ends, word_offsets):
                 after = role[data[i + 1]] if i + 1 < stop else _BLANK
                 if before == _DIGIT and after == _DIGIT:
                     takes = True
-                elif kind == _OPERATOR and before == _BLANK and after == _BLANK:
+                elif (
+                    kind == _OPERATOR and before == _BLANK and after in (_BLANK, _SEPARATOR, _INNER)
+                ):
                     hashes[count] = mix(np.uint64(byte) + np.uint64(1))
                     starts[count], ends[count] = i - first, i + 1 - first
                     count += 1

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import re
+
+import pyarrow as pa
+import pytest
+
+from raylign.data.words import Words, split_words
+
+
+def spell(text: str) -> list[str]:
+    """What the kernel takes for words, cut out of the text by the positions it reports."""
+    words = split_words([text])
+    body = text.encode()
+    return [body[a:b].decode() for a, b in zip(words.starts, words.ends, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("What is 3 + 5?", ["What", "is", "3", "+", "5"]),
+        ("ones: 3+5=8, carry", ["ones", "3+5=8", "carry"]),
+        ("pi is 3.14, about 22/7.", ["pi", "is", "3.14", "about", "22/7"]),
+        ("1,234 and 5, 6", ["1,234", "and", "5", "6"]),
+        ("3 +5 -x a-b", ["3", "5", "x", "a", "b"]),
+        ("= - x\n+", ["=", "-", "x", "+"]),
+        ("3 =? 4 =. 5 == 6 -- 7", ["3", "=", "4", "=", "5", "6", "7"]),
+        ("<answer>93</answer>", ["answer", "93", "answer"]),
+        ("\u201cnaïve\u201d\u2014don\u2019t\u2026", ["naïve", "don", "t"]),
+        ("Größe 東京", ["Größe", "東京"]),
+        ("", []),
+        (" .,;!", []),
+        ("a", ["a"]),
+        ("+", ["+"]),
+    ],
+)
+def test_words(text: str, expected: list[str]) -> None:
+    assert spell(text) == expected
+
+
+def hashes(text: str) -> list[int]:
+    return split_words([text]).hashes.tolist()
+
+
+def test_hash_ignores_ascii_case_and_nothing_else() -> None:
+    assert hashes("The CAT") == hashes("the cat")
+    assert len(set(hashes("cat cats 7 8 17 78 + - Ä ä a"))) == 11
+
+
+def test_documents_do_not_touch() -> None:
+    """Neighbours share one buffer; a word ends where its document ends."""
+    words = split_words(["ab", "cd", "", "3", "+", "5"])
+    assert [len(words.of(d)) for d in range(6)] == [1, 1, 0, 1, 1, 1]
+    assert words.of(0).tolist() == hashes("ab")
+    assert words.starts.tolist() == [0] * 5
+
+
+def same(a: Words, b: Words) -> bool:
+    names = ("hashes", "offsets", "starts", "ends")
+    return all((getattr(a, n) == getattr(b, n)).all() for n in names)
+
+
+def test_every_arrow_layout_gives_the_same_words() -> None:
+    texts = ["one two", None, "", "drei vier fünf", "6 + 7"]
+    plain = split_words([text or "" for text in texts])
+    short, large = pa.array(texts, pa.string()), pa.array(texts, pa.large_string())
+    chunked = pa.chunked_array([short[:2], short[2:]])
+    sliced = pa.array(["x y z", *texts, "tail"], pa.string())[1:-1]
+    for layout in (short, large, chunked, sliced):
+        assert same(split_words(layout), plain)
+    assert len(split_words(pa.chunked_array([], pa.string())).hashes) == 0
+    assert split_words([]).offsets.tolist() == [0]
+
+
+def test_prose_agrees_with_a_regular_expression() -> None:
+    text = " ".join(f"Word{i} isn't here; (see {i * 37}) end." for i in range(300))
+    assert spell(text) == re.findall(r"[A-Za-z0-9]+", text)
