@@ -1,0 +1,232 @@
+"""What every job does alike: exit statuses, one line for a mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jobs.entry import STAGES, locate, open_run, perform, section
+from raylign.config import AlignConfig, Recipe, SftConfig, UserError
+from raylign.run import Draft, Run, content_hash
+from raylign.tracking import ProgressBoard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A job of each kind of ending; `align.reward.source` says which.
+FAKE = """
+import time
+from jobs.entry import main
+from raylign.config import UserError
+from raylign.runtime import connect
+
+def work(recipe, run, board):
+    ending = recipe.align.reward.source
+    with run.write("align", {}, {}) as draft:
+        (draft.path / "half").write_text("half")
+        if ending == "mistake":
+            raise UserError("align.steps=1: too few; raise it")
+        if ending == "mistake in a worker":
+            import ray
+            connect()
+            def fail():
+                raise UserError("align.steps=1: too few; raise it")
+            ray.get(ray.remote(fail).remote())
+        if ending == "defect":
+            raise ZeroDivisionError("oh")
+        if ending == "wait":
+            print("waiting", flush=True)
+            time.sleep(60)
+
+main("fake", work)
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Starts the job above on a recipe's text; its run is `tmp_path/run`."""
+    (tmp_path / "fake.py").write_text(FAKE)
+
+    def start(recipe: str, *arguments: str) -> subprocess.Popen[str]:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        return subprocess.Popen(
+            [sys.executable, "fake.py", "recipe.yaml", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", "PYTHONWARNINGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Exit status, and the lines on stderr."""
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr.splitlines()
+
+
+def test_success_is_0(job, tmp_path: Path) -> None:
+    assert end(job("run: run\nalign: {}\n")) == (0, [])
+    assert Run(tmp_path / "run").find("align") is not None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "line"),
+    [
+        ("run: run\nalign: {stps: 1}\n", [], "recipe.yaml:2: unknown key 'align.stps'; did you"),
+        ("run: run\nalign: {}\n", ["align.steps=few"], "override 'align.steps=few': align.steps='"),
+        ("run: run\n", ["redo=sleep"], "redo=sleep: not a stage; choose from corpus, tokenizer,"),
+        ("run: recipe.yaml\nalign: {}\n", [], str(Path("recipe.yaml", ".align.partial"))),
+    ],
+)
+def test_a_users_mistake_is_2_and_one_line(
+    job, tmp_path: Path, recipe: str, arguments: list[str], line: str
+) -> None:
+    status, lines = end(job(recipe, *arguments))
+    assert status == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and line in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_2_and_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.quickstart", str(tmp_path / "quikstart.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: recipe {tmp_path}/quikstart.yaml does not exist; "
+        "the shipped recipes are in jobs/recipes/\n"
+    )
+
+
+def test_no_recipe_at_all_shows_the_usage(job) -> None:
+    command = [sys.executable, "-c", "from jobs.entry import main; main('sft', None)"]
+    for extra, status in (([], 2), (["--help"], 0)):
+        done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stderr.startswith("usage: python -m jobs.sft RECIPE.yaml [section.key=value")
+
+
+def test_a_mistake_found_late_leaves_nothing(job, tmp_path: Path) -> None:
+    status, lines = end(job("run: run\nalign: {reward: {source: mistake}}\n"))
+    assert (status, lines) == (2, ["error: align.steps=1: too few; raise it"])
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_mistake_found_in_a_ray_worker_is_one_line_too(job, tmp_path: Path) -> None:
+    status, lines = end(job("run: run\nalign: {reward: {source: mistake in a worker}}\n"))
+    assert (status, lines) == (2, ["error: align.steps=1: too few; raise it"])
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_defect_shows_its_traceback(job, tmp_path: Path) -> None:
+    status, lines = end(job("run: run\nalign: {reward: {source: defect}}\n"))
+    assert status == 1
+    assert lines[0].startswith("Traceback") and lines[-1] == "ZeroDivisionError: oh"
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_130_and_leaves_nothing(job, tmp_path: Path, number: int) -> None:
+    process = job("run: run\nalign: {reward: {source: wait}}\n")
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    started = time.monotonic()
+    status, lines = end(process)
+    assert (status, lines) == (130, ["interrupted; finished stages are kept, rerun to continue"])
+    assert time.monotonic() - started < 20
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.fixture
+def board() -> ProgressBoard:
+    return ProgressBoard(Console(quiet=True))
+
+
+def build(run: Run, board: ProgressBoard, calls: list[str], name: str = "sft", **changes) -> None:
+    """Perform stage `name`; `calls` collects what was really built."""
+    settings = {"sft": {"lr": 0.1, "steps": 3} | changes.get("sft", {}), "seed": 0}
+
+    def write(draft: Draft) -> None:
+        calls.append(name)
+        (draft.path / "model").write_text(name)
+
+    perform(run, name, settings, changes.get("parents", {"model": "h0"}), board, write)
+
+
+def test_a_stage_is_built_once(ray_cluster: None, board: ProgressBoard, tmp_path: Path) -> None:
+    calls: list[str] = []
+    for _ in range(2):
+        build(Run(tmp_path), board, calls)
+    assert calls == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft": {"lr": 0.2}}, r"was made with sft.lr=0.1, not 0.2; choose another run=..., or "),
+        ({"sft": {"clip": 1.0}}, r"was made with sft.clip=None, not 1.0; "),
+        ({"parents": {"model": "h1"}}, r"was made with another model; .* redo=sft "),
+    ],
+)
+def test_a_stage_of_other_making_is_not_overwritten(
+    ray_cluster: None, board: ProgressBoard, tmp_path: Path, changes: dict, message: str
+) -> None:
+    calls: list[str] = []
+    build(Run(tmp_path), board, calls)
+    with pytest.raises(UserError, match=message):
+        build(Run(tmp_path), board, calls, **changes)
+    assert calls == ["sft"]
+
+
+def test_redo_discards_a_stage_and_what_follows(
+    ray_cluster: None, board: ProgressBoard, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    for name in STAGES:
+        build(Run(tmp_path), board, calls, name)
+    run = open_run(Recipe(run=tmp_path, redo="align"))
+    kept = STAGES[: STAGES.index("align")]
+    assert tuple(name for name in STAGES if run.find(name)) == kept
+    calls.clear()
+    for name in STAGES:
+        build(run, board, calls, name)
+    assert tuple(calls) == STAGES[len(kept) :]
+
+
+def test_a_submitted_job_needs_storage_that_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match="give an absolute path on storage that every node sees"):
+        open_run(Recipe(run=Path("runs/x")))
+
+
+def test_a_section_that_is_missing_says_how_to_add_it() -> None:
+    recipe = Recipe(align=AlignConfig(steps=3))
+    assert section(recipe, "align", AlignConfig).steps == 3
+    with pytest.raises(UserError, match=r"no 'sft' section; add one \(`sft: \{\}` takes all"):
+        section(recipe, "sft", SftConfig)
+
+
+def test_an_input_is_the_users_path_or_the_runs_stage(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(UserError, match=r"no finished 'corpus' stage; run `python -m jobs.prepare`"):
+        locate(run, None, "corpus", "prepare", "align.prompts")
+    with run.write("corpus", {}, {}) as draft:
+        (draft.path / "x").write_text("x")
+    path, content = locate(run, None, "corpus", "prepare", "align.prompts")
+    assert (path, content) == (tmp_path / "corpus", content_hash(tmp_path / "corpus"))
+    assert locate(run, path, "corpus", "prepare", "align.prompts") == (path, content)
+    with pytest.raises(UserError, match=r"align.prompts=/nowhere: no such file or directory"):
+        locate(run, Path("/nowhere"), "corpus", "prepare", "align.prompts")

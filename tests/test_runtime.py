@@ -1,0 +1,118 @@
+"""Joining Ray: workers find the code, strangers are not joined, seeds are streams."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raylign.runtime import connect, derive_seed, in_submitted_job, seed_everything, worker_env
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_alone(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """In a process that has not joined Ray yet, from another directory."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"} | env,
+        timeout=120,
+    )
+
+
+def test_tasks_and_actors_can_import_this_checkout(ray_cluster: None) -> None:
+    import ray
+
+    def locate() -> tuple[str, str, str, str]:
+        import platform
+
+        import actors
+        import raylign
+        from raylign.records import Prompt
+
+        assert Prompt("p", (1,), "", "").token_ids == (1,)
+        return raylign.__file__, actors.__file__, platform.system(), os.environ["DS_ACCELERATOR"]
+
+    class Locator:
+        def locate(self) -> tuple[str, str, str, str]:
+            return locate()
+
+    task = ray.remote(num_cpus=0.1)(locate)
+    actor = ray.remote(num_cpus=0.1)(Locator).remote()
+    source, hosts = str(ROOT / "platform/raylign"), str(ROOT / "actors")
+    for found in ray.get([task.remote(), actor.locate.remote()], timeout=60):
+        assert found[0].startswith(source) and found[1].startswith(hosts)
+        assert found[2] == "Linux"
+
+
+def test_connecting_again_changes_nothing(ray_cluster: None) -> None:
+    import ray
+
+    before = ray.get_runtime_context().get_node_id()
+    connect()
+    assert ray.get_runtime_context().get_node_id() == before
+    assert ray.cluster_resources()["CPU"] == 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "http://x:1"])
+def test_an_unreachable_address_is_said_at_once(address: str) -> None:
+    code = (
+        "from raylign.config import RayConfig\nfrom raylign.runtime import connect\n"
+        f"connect(RayConfig(address={address!r}))"
+    )
+    started = time.monotonic()
+    done = run_alone(code)
+    assert f"UserError: ray.address='{address}' cannot be joined" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - started < 60  # Ray itself tries for many minutes
+
+
+@pytest.mark.slow
+def test_a_cluster_that_merely_runs_here_is_not_joined(ray_cluster: None) -> None:
+    import ray
+
+    code = (
+        "import ray\nfrom raylign.config import RayConfig\nfrom raylign.runtime import *\n"
+        "connect(RayConfig(num_cpus=1)); print(ray.get_runtime_context().gcs_address); disconnect()"
+    )
+    done = run_alone(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() != ray.get_runtime_context().gcs_address
+
+
+def test_worker_paths_are_absolute_and_relative() -> None:
+    paths = worker_env()["PYTHONPATH"].split(":")
+    assert paths == [str(ROOT / "platform"), "platform", str(ROOT)]
+
+
+def test_a_submitted_job_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not in_submitted_job()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert in_submitted_job()
+
+
+def test_seeds_are_stable_and_different() -> None:
+    # The value is part of every run's identity: it may not change between versions.
+    assert derive_seed(0, "align", 3) == 5320081283112175718
+    seeds = {
+        derive_seed(seed, name, step) for seed in range(5) for name in "abc" for step in range(20)
+    }
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeding_fixes_every_generator() -> None:
+    def draw() -> tuple[float, float, float]:
+        seed_everything(derive_seed(1, "x"))
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert draw() == draw()
