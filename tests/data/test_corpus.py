@@ -203,7 +203,6 @@ def test_held_out_english_is_not_trained_on(built: Path) -> None:
     assert overlapping(documents, build_index(held, 13)) == []
 
 
-@pytest.mark.slow
 def test_equal_bytes_at_any_parallelism(
     built: Path, tmp_path: Path, board: ProgressBoard, ray_cluster: None
 ) -> None:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import re
 
+import numba.core.caching
 import pyarrow as pa
 import pytest
 
-from raylign.data.words import Words, split_words
+from raylign.data.words import Words, kernel, split_words
 
 
 def spell(text: str) -> list[str]:
@@ -70,6 +71,11 @@ def test_every_arrow_layout_gives_the_same_words() -> None:
         assert same(split_words(layout), plain)
     assert len(split_words(pa.chunked_array([], pa.string())).hashes) == 0
     assert split_words([]).offsets.tolist() == [0]
+
+
+def test_kernels_work_without_a_place_to_cache_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    assert kernel(lambda x: x + 1)(2) == 3
 
 
 def test_prose_agrees_with_a_regular_expression() -> None:

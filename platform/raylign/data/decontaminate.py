@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylign.data.arithmetic import Problem, list_phrasings
-from raylign.data.words import mix, split_words
+from raylign.data.words import kernel, mix, split_words
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _FEWEST_WORDS = 2
@@ -168,7 +168,7 @@ def _finish(value, length):
     return mix(value + np.uint64(length)) | np.uint64(1)
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _hash_ngrams(words, length):
     """Hash of every `length`-gram of one text; uint64 [len(words) - length + 1]."""
     hashes = np.empty(max(0, len(words) - length + 1), np.uint64)
@@ -180,7 +180,7 @@ def _hash_ngrams(words, length):
     return hashes
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _insert(hashes, table):
     mask = np.uint64(len(table) - 1)
     for value in hashes:
@@ -190,7 +190,7 @@ def _insert(hashes, table):
         table[place] = value
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _search(words, offsets, starts, ends, lengths, table, found):
     """Write (document, first byte, last byte) triples; returns how many there are in all."""
     mask = np.uint64(len(table) - 1)

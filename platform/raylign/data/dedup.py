@@ -15,13 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numba as nb
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from raylign.config import DedupConfig
-from raylign.data.words import mix, split_words
+from raylign.data.words import kernel, mix, split_words
 
 # A band shared by more documents than this yields pairs with its first document only: the number
 # of pairs stays linear where boilerplate makes thousands alike.
@@ -169,7 +168,7 @@ def _coefficients(count: int) -> tuple[np.ndarray, np.ndarray]:
     return numbers[:count] | np.uint32(1), numbers[count:]
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _sign(words, offsets, slopes, shifts, ngram, bands, sketches, shingles):
     count, rows = slopes.shape[0], slopes.shape[0] // bands.shape[1]
     minima = np.empty(count, np.uint32)
@@ -195,7 +194,7 @@ def _sign(words, offsets, slopes, shifts, ngram, bands, sketches, shingles):
             bands[document, band] = key
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _pairs_of_runs(keys, members, large):
     """Pairs within runs of equal `keys` (sorted, with members ascending inside a run)."""
     total, i = 0, 0
@@ -221,7 +220,7 @@ def _pairs_of_runs(keys, members, large):
     return pairs
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _count_equal(sketches, pairs):
     agreed = np.zeros(len(pairs), np.int64)
     for p in range(len(pairs)):
@@ -230,7 +229,7 @@ def _count_equal(sketches, pairs):
     return agreed
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _visit(offsets, neighbours, order, size):
     """Keep each document, in order, unless a kept neighbour already stands for it."""
     keeper = np.arange(size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def cut(source: SourceConfig, key: str) -> Iterator[Cut]:
         if source.kind == "parquet":
             bounds = _cut_row_groups(file, source.text_column, key)
         else:
-            bounds = _cut_bytes(file)
+            bounds = _cut_bytes(file, key)
         for start, stop in bounds:
             yield Cut(str(file), label, start, stop)
 
@@ -72,8 +73,12 @@ def _list_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
     return sorted(name for name in found if name.endswith(suffixes))
 
 
-def _cut_bytes(file: Path) -> list[tuple[int, int]]:
-    size = file.stat().st_size
+def _cut_bytes(file: Path, key: str) -> list[tuple[int, int]]:
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise UserError(f"{key}: {file} cannot be read ({error.strerror}); correct it") from None
     if file.suffix == ".gz":
         return [(0, size)]
     return [(start, min(start + CUT_BYTES, size)) for start in range(0, size, CUT_BYTES)]

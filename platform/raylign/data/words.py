@@ -15,7 +15,9 @@ Digits are kept as they are: pages that differ in their numbers only are not dup
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -90,6 +92,18 @@ def _buffers(texts: pa.Array | pa.ChunkedArray | list[str]) -> tuple[np.ndarray,
     return body[first : int(offsets[-1])], offsets.astype(np.int64) - first
 
 
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` when it is first called, without the interpreter lock.
+
+    The machine code is kept beside the source or in the user's cache; a read-only container that
+    has neither compiles in every process instead of failing.
+    """
+    try:
+        return nb.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # "cannot cache function: no locator available"
+        return nb.njit(nogil=True)(function)
+
+
 @nb.njit(inline="always")
 def mix(x):
     """MurmurHash3's 64-bit finaliser."""
@@ -101,7 +115,7 @@ def mix(x):
     return x
 
 
-@nb.njit(nogil=True, cache=True)
+@kernel
 def _scan(data, offsets, role, folded, hashes, starts, ends, word_offsets):
     prime = np.uint64(0x100000001B3)
     count = 0
