@@ -247,13 +247,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def pick_examples(group: Group, most: int = 4) -> list[Trajectory]:
-    """Up to `most` different completions of a group, best and worst first."""
-    distinct = {t.text: t for t in group.trajectories}
-    ranked = sorted(distinct.values(), key=lambda t: -(t.reward or 0.0))
-    return (ranked[:1] + ranked[:0:-1])[:most]
-
-
 def note_sync(journal: Journal) -> Callable[[str, SyncProof], None]:
     """Tells `journal` of every proved weight sync."""
 

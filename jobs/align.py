@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.buffer import Group
-from actors.controller import Controller, Crew, note_sync, pick_examples
+from actors.controller import Controller, Crew, note_sync
 from actors.learner import LearnerGroup, resolve_algorithm, spawn_learner_workers
 from actors.placement import Placement, place
 from actors.reward import RewardPool, spawn_reward_worker
@@ -192,7 +192,7 @@ class _FileJournal:
                         "parts": t.reward_parts,
                         "version": t.version_span[0],
                     }
-                    for t in pick_examples(group)
+                    for t in sorted(group.trajectories, key=lambda t: -(t.reward or 0.0))
                 ],
             }
             self._examples.write(json.dumps(row) + "\n")

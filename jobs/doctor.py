@@ -198,7 +198,9 @@ def check_shared_memory() -> Finding:
     """Where Ray's object store lives."""
     place = Path("/dev/shm")
     free = shutil.disk_usage(place).free if place.is_dir() else 0
-    return _weigh("/dev/shm", free, 0, 2, "free", "docker run --shm-size=4g ...; else Ray uses /tmp")
+    return _weigh(
+        "/dev/shm", free, 0, 2, "free", "docker run --shm-size=4g ...; else Ray uses /tmp"
+    )
 
 
 def check_disk() -> Finding:

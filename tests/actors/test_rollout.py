@@ -1,4 +1,4 @@
-"""The pool under real Ray: fresh workers only, lost work is made again, hung workers are replaced."""
+"""The pool under real Ray: only fresh workers serve, lost work is made again, the hung replaced."""
 
 from __future__ import annotations
 

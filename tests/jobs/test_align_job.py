@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.align import check, read_prompts
-from raylign.config import AlignConfig, AlgorithmConfig, RewardConfig, UserError
+from raylign.config import AlgorithmConfig, AlignConfig, RewardConfig, UserError
 from raylign.models.loading import load_tokenizer, require_chat_template
 
 

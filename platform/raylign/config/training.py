@@ -122,7 +122,7 @@ class PretrainConfig(Section):
     workers: WorkersConfig = WorkersConfig()
     checkpoint_every: Count = 100
     """Steps between checkpoints, validation and samples."""
-    sample_prompts: tuple[str, ...] = ("The ", "What is 12 + 7? ", "To add, ")
+    sample_prompts: tuple[str, ...] = ("Return the ", "What is 12 + 7? ", "To add, ")
     """Continued greedily at every checkpoint."""
     sample_tokens: Count = 48
     """Tokens of each continuation."""
@@ -151,7 +151,7 @@ class SftConfig(Section):
     """Steps between checkpoints, validation and samples."""
     validation_share: float = Field(default=0.02, gt=0, lt=1)
     """Share of conversations kept for validation loss."""
-    sample_prompts: tuple[str, ...] = ("What is 12 + 7?", "Subtract 58 from 431.")
+    sample_prompts: tuple[str, ...] = ("What is 12 + 7?", "Work out 431 - 58.")
     """Questions answered greedily at every checkpoint."""
     sample_tokens: Count = 64
     """Tokens of each answer."""

@@ -151,7 +151,9 @@ def solve(problem: Problem, style: Literal["worked", "mental"]) -> str:
     return f"<work>{working}</work><answer>{problem.answer}</answer>"
 
 
-def write_exercise(problem: Problem, rng: random.Random, worked_share: float) -> list[dict[str, str]]:
+def write_exercise(
+    problem: Problem, rng: random.Random, worked_share: float
+) -> list[dict[str, str]]:
     """One chat demonstration; `worked_share` of them (0..1) show their working."""
     style: Literal["worked", "mental"] = "worked" if rng.random() < worked_share else "mental"
     return [

@@ -57,6 +57,18 @@ def embed_context(lm: PreTrainedModel, tokens: torch.Tensor, **inputs: Any) -> t
     return lm.get_decoder()(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
 
 
+def project(lm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Logits float32 [n, vocabulary] of hidden states [n, width].
+
+    A plain head is applied by its weight and not by its module: where weights are gathered for use,
+    the number of pieces that a rank cuts its rows into must not become a number of gatherings.
+    """
+    head = lm.get_output_embeddings()
+    if type(head) is nn.Linear:
+        return nn.functional.linear(states, head.weight, head.bias).float()
+    return head(states).float()
+
+
 def over_pieces(
     function: Callable[..., tuple[torch.Tensor, ...]],
     positions: int,

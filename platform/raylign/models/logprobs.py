@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raylign.models.enclosure import embed_context, over_pieces, run_inside
+from raylign.models.enclosure import embed_context, over_pieces, project, run_inside
 
 
 def score_tokens(
@@ -43,12 +43,11 @@ def _score(
     real = torch.ones_like(targets, dtype=torch.bool)
     if lengths is not None:
         real = torch.arange(1, tokens.shape[1], device=tokens.device) < lengths[:, None]
-    head = lm.get_output_embeddings()
 
     def score_piece(
         states: torch.Tensor, wanted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(states).float()
+        logits = project(lm, states)
         if temperature != 1.0:
             logits = logits / temperature
         logprobs = torch.log_softmax(logits, dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class DeepSpeedEngine:
         self, config: EngineConfig, model: PreTrainedModel, optimizer: OptimizerConfig
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # It calls collectives by names that torch has since changed, thousands of times.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\..*deprecated", FutureWarning)
         # Else DeepSpeed tries the compiler on all its C++ operators and builds one, for inference
         # through shared memory, that training never calls.
         deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
@@ -44,8 +47,13 @@ class DeepSpeedEngine:
         client = build_optimizer(model.parameters(), optimizer)
         if self._stage == 0:
             self._clip_in(client, optimizer.clip)
+        enclosure = Enclosure(model)
+        if self._stage == 3:
+            # The head's weight is used by bodies, outside the module that owns it.
+            head = model.get_output_embeddings()
+            deepspeed.zero.register_external_parameter(enclosure, head.weight)
         self._deepspeed, *_ = deepspeed.initialize(
-            model=Enclosure(model),
+            model=enclosure,
             optimizer=client,
             config=_settings(config, model, 0.0 if self._stage == 0 else optimizer.clip),
         )

@@ -89,6 +89,8 @@ class SupervisedLoop:
         """
         task, first = self._task, self._resume()
         tracker = JsonTracker(task.output) if self._engine.rank == 0 else None
+        if tracker is not None:
+            tracker.event(what="started", step=first, ranks=self._engine.world_size)
         for step in range(first, task.steps):
             rate = self._rate(step)
             norm = self._take_step(step, rate)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raylign.models.enclosure import embed_context, over_pieces, run_inside
+from raylign.models.enclosure import embed_context, over_pieces, project, run_inside
 
 
 def sum_cross_entropy(
@@ -41,10 +41,9 @@ def _sum_loss(
     hidden = embed_context(lm, tokens, **{k: v for k, v in inputs.items() if v is not None})
     chosen = trained[:, 1:]
     states, targets = hidden[:, :-1][chosen], tokens[:, 1:][chosen]
-    head = lm.get_output_embeddings()
 
     def sum_piece(piece_states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor]:
-        logits = head(piece_states).float()
+        logits = project(lm, piece_states)
         return (nn.functional.cross_entropy(logits, wanted, reduction="sum")[None],)
 
     (sums,) = over_pieces(

@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
-from raylign.tracking import METRICS_FILE, Bar, read_lines
+from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, read_lines
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
 
 POLL_S = 0.5
@@ -161,6 +161,7 @@ def _summarise(task: SupervisedTask, result: Mapping[str, float]) -> dict[str, A
         "loss": rows[-1]["loss"],
         "validation_loss": checked[-1] if checked else None,
         "steps": task.steps,
+        "restarts": len(read_lines(task.output / EVENTS_FILE)) - 1,
         "tokens": int(result["tokens"]),
         "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
         "parameters": int(result["parameters"]),
