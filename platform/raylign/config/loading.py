@@ -75,11 +75,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
             if key in places:
                 raise ConfigError(f"{file}:{line}: {'.'.join(key)!r} again; it is at {places[key]}")
             places[key] = f"{file}:{line}"
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {file} is not valid YAML: {_one_line(error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else f"{file}"
+        raise ConfigError(f"{place}: not valid YAML: {_one_line(error)}") from None
     except OSError as error:
         raise ConfigError(f"recipe {file} cannot be read: {error.strerror}") from None
     if data is None:
@@ -98,7 +97,7 @@ def _suggest_file(file: Path) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
