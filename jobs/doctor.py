@@ -1,8 +1,8 @@
 """Is this machine ready? `python -m jobs.doctor [--engine]`.
 
-Prints what was found and, for each problem, its remedy; status 0 when the quickstart can run, 2 when
-not. Needs no Ray. `--engine` also has vLLM answer once, and holds its probabilities against those of
-transformers.
+Prints what was found and, for each problem, its remedy; status 0 when the quickstart can run, 2
+when not. Needs no Ray. `--engine` also has vLLM answer once, and holds its probabilities against
+those of transformers.
 """
 
 from __future__ import annotations

@@ -313,5 +313,7 @@ def test_readme_names_nothing_that_is_not_there() -> None:
     jobs = set(re.findall(r"python -m (jobs\.\w+)", readme))
     assert jobs
     assert jobs <= {module.name for module in MODULES}
-    paths = re.findall(r"\b((?:platform|jobs|actors|cluster|tests|requirements)/[\w./-]*\w)", readme)
+    paths = re.findall(
+        r"\b((?:platform|jobs|actors|cluster|tests|requirements)/[\w./-]*\w)", readme
+    )
     assert not [path for path in paths if not (ROOT / path).exists()]

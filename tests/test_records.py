@@ -107,9 +107,7 @@ def test_selecting_rows_is_collating_them() -> None:
     rows = [make(p, c, start=10 * i, version=i) for i, (p, c) in enumerate(lengths)]
     whole = collate(rows, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0], pad_id=0)
     chosen = [3, 0, 2]
-    expected = collate(
-        [rows[i] for i in chosen], [0.4, 0.1, 0.3], [4.0, 1.0, 3.0], pad_id=0
-    )
+    expected = collate([rows[i] for i in chosen], [0.4, 0.1, 0.3], [4.0, 1.0, 3.0], pad_id=0)
     selected = whole.select(chosen)
     for name in Batch.__slots__:
         torch.testing.assert_close(getattr(selected, name), getattr(expected, name))

@@ -124,7 +124,9 @@ def test_two_processes_cannot_build_one_stage(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with run.write("s", {}, {}) as draft:
         (draft.path / "file").write_text("mine")
-        code = "import sys; from raylign.run import Run\nwith Run(sys.argv[1]).write('s', {}, {}): 0"
+        code = (
+            "import sys; from raylign.run import Run\nwith Run(sys.argv[1]).write('s', {}, {}): 0"
+        )
         other = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)],
             capture_output=True,

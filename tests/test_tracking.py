@@ -73,7 +73,9 @@ def test_a_line_cut_short_at_any_byte_costs_itself_only(tmp_path: Path) -> None:
 def test_lines_may_hold_any_character_and_be_missing(tmp_path: Path) -> None:
     texts = ["a\u2028b", "c\x85d", "é\n", ""]
     file = tmp_path / "x.jsonl"
-    file.write_text("".join(json.dumps({"t": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    file.write_text(
+        "".join(json.dumps({"t": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8"
+    )
     assert [row["t"] for row in read_lines(file)] == texts
     file.write_bytes(file.read_bytes() + '{"t": "é'.encode()[:-1])
     assert len(read_lines(file)) == 4

@@ -221,7 +221,9 @@ def test_a_section_that_is_missing_says_how_to_add_it() -> None:
 
 def test_an_input_is_the_users_path_or_the_runs_stage(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    with pytest.raises(UserError, match=r"no finished 'corpus' stage; run `python -m jobs.prepare`"):
+    with pytest.raises(
+        UserError, match=r"no finished 'corpus' stage; run `python -m jobs.prepare`"
+    ):
         locate(run, None, "corpus", "prepare", "align.prompts")
     with run.write("corpus", {}, {}) as draft:
         (draft.path / "x").write_text("x")

@@ -19,7 +19,7 @@ class UserError(Exception):
 class Section(BaseModel):
     """Frozen, typed, and closed: an unknown key is an error, never ignored.
 
-    Where a section sets defaults of its own for a section inside it (`align.optimizer` has no weight
+    Where a section sets defaults of its own for one inside it (`align.optimizer` has no weight
     decay), those hold for every key that a recipe leaves out.
     """
 
