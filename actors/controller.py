@@ -30,7 +30,7 @@ from actors.weights import SyncProof, WeightManifest
 from raylign.algorithms.weighting import token_weights
 from raylign.config import AlignConfig, UserError
 from raylign.inference.generator import Sampling
-from raylign.records import Prompt, Trajectory
+from raylign.records import Prompt
 from raylign.training.schedule import learning_rate
 
 

@@ -8,7 +8,7 @@ nothing predicts) is never trained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -111,6 +111,10 @@ class Batch:
     @property
     def loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows, cut to their own longest sequence."""

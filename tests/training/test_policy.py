@@ -1,4 +1,4 @@
-"""A policy update does not depend on how its batch was split, and mismatch is told from staleness."""
+"""An update does not depend on how its batch was split; mismatch is told from staleness."""
 
 from __future__ import annotations
 

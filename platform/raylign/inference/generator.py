@@ -86,7 +86,7 @@ class Generator(Protocol):
 def generate(
     generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int = 1
 ) -> list[list[Sample]]:
-    """`count` completions of every prompt, in the order of `prompts`. The generator must be idle."""
+    """`count` completions of every prompt, in their order. The generator must be idle."""
     if generator.pending:
         raise RuntimeError("generate() needs an idle generator; submit() and advance() instead")
     for index, prompt in enumerate(prompts):

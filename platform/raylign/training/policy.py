@@ -39,7 +39,8 @@ class PolicyLearner:
         history: int,
     ) -> None:
         """`history` past versions are remembered besides the current one; -1 remembers none."""
-        self._engine, self._reference = engine, reference.eval().requires_grad_(False)
+        self._engine = engine
+        self._reference = reference.eval().requires_grad_(False).to(engine.device)
         self._scratch = copy.deepcopy(self._reference) if history >= 0 else None
         self._algorithm, self._coefficients = algorithm, coefficients
         self._temperature = temperature
@@ -55,6 +56,7 @@ class PolicyLearner:
         current one, and no extra forward pass is made.
         """
         self._engine.module.train()
+        batches = [None if batch is None else batch.to(self._engine.device) for batch in batches]
         old = [self._score_old(batch) for batch in batches] if passes > 1 else None
         reference = [self._score_reference(batch) for batch in batches]
         metrics: list[dict[str, Metric]] = []
@@ -75,6 +77,7 @@ class PolicyLearner:
         Returns the mean as a metric and the largest. Tokens of versions no longer remembered are
         left out, and counted as `mismatch/unchecked`.
         """
+        batch = batch.to(self._engine.device)
         total, count, largest = 0.0, 0, 0.0
         for version, weights in self._past:
             chosen = batch.loss_mask & (batch.versions == version)
@@ -93,10 +96,11 @@ class PolicyLearner:
     @torch.no_grad()
     def score_canary(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
         """float32 [T] each: the current policy's log-probs at temperature 1. Collective."""
-        scores = (
-            score_tokens(self._engine.module, torch.tensor([list(s)]), None) for s in sequences
-        )
-        return tuple(logprobs[0].numpy() for logprobs, _ in scores)
+        scores = (score_tokens(self._engine.module, self._tensor(s)) for s in sequences)
+        return tuple(logprobs[0].float().cpu().numpy() for logprobs, _ in scores)
+
+    def _tensor(self, sequence: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([list(sequence)], device=self._engine.device)
 
     def _remember(self) -> None:
         self.weights = {name: t.detach().cpu() for name, t in self._engine.weights().items()}
@@ -109,8 +113,7 @@ class PolicyLearner:
     ) -> dict[str, Metric]:
         if batch is None:
             # Ranks must call backward equally often; this one adds nothing to the gradient.
-            token = torch.zeros((1, 2), dtype=torch.int64)
-            logprobs, _ = score_tokens(self._engine.module, token, None)
+            logprobs, _ = score_tokens(self._engine.module, self._tensor((0, 0)))
             self._engine.backward(logprobs.sum() * 0.0)
             return {}
         logprobs, entropy = score_tokens(
