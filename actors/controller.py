@@ -196,15 +196,9 @@ class Controller:
         return advantages.tolist(), weights[:, 0].tolist()
 
     def _rate(self, step: int) -> float:
-        schedule = self._config.schedule
+        config = self._config
         return learning_rate(
-            step,
-            self._config.steps,
-            self._config.optimizer.lr,
-            shape=schedule.shape,
-            warmup_steps=schedule.warmup_steps,
-            final_ratio=schedule.final_ratio,
-            decay_share=schedule.decay_share,
+            step, config.steps, config.optimizer.lr, **config.schedule.model_dump()
         )
 
     async def _save(self, version: int) -> None:

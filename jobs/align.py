@@ -20,7 +20,7 @@ from actors.learner import LearnerGroup, resolve_algorithm, spawn_learner_worker
 from actors.placement import Placement, place
 from actors.reward import RewardPool, spawn_reward_worker
 from actors.rollout import RolloutPool, spawn_rollout_worker
-from jobs.entry import locate, main, perform, section
+from jobs.entry import locate, main, model_directory, perform, section
 from raylign.config import AlignConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
 from raylign.models.loading import load_tokenizer, require_chat_template
@@ -35,8 +35,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """The `align` stage."""
     config = section(recipe, "align", AlignConfig)
     model, model_hash = locate(run, config.model, "sft", "sft", "align.model")
-    if (model / "model").is_dir():
-        model = model / "model"  # a stage of ours
+    model = model_directory(model)
     prompts, prompts_hash = locate(run, config.prompts, "corpus", "prepare", "align.prompts")
     if prompts.is_dir():
         prompts = prompts / "prompts.jsonl"

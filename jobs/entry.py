@@ -86,6 +86,11 @@ def locate(run: Run, given: Path | None, stage: str, job: str, key: str) -> tupl
     return given.absolute(), content_hash(given)
 
 
+def model_directory(path: Path) -> Path:
+    """Where the weights are: a stage of ours keeps them in `model/`, others at the top."""
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def perform(
     run: Run,
     name: str,

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from rich.table import Table
 
-from jobs.entry import locate, main, perform, section
+from jobs.entry import locate, main, model_directory, perform, section
 from raylign.config import EvaluateConfig, Recipe, UserError
 from raylign.evaluation.pairing import compare_models
 from raylign.evaluation.tasks import LOCAL_TASKS, write_tasks
@@ -65,7 +65,7 @@ def choose_models(run: Run, config: EvaluateConfig) -> tuple[dict[str, Path], di
     for name, path in config.models.items():
         if not path.is_dir():
             raise UserError(f"evaluate.models.{name}={path}: no such directory")
-        models[name] = path / "model" if (path / "model").is_dir() else path  # a stage of ours
+        models[name] = model_directory(path)
         parents[name] = content_hash(path)
     if not config.models:
         for name, stage_name in OWN_MODELS.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from jobs.entry import locate, main, perform, section
+from jobs.entry import locate, main, model_directory, perform, section
 from raylign.config import ModelConfig, PretrainConfig, Recipe, UserError
 from raylign.data.packing import PackedShards
 from raylign.models.loading import load_config, load_tokenizer, pad_id
@@ -37,7 +37,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         start, parents["model"] = locate(
             run, config.model, "pretrain", "pretrain", "pretrain.model"
         )
-        start = start / "model" if (start / "model").is_dir() else start  # a stage of ours
+        start = model_directory(start)
 
     def build(draft: Draft) -> None:
         rows = PackedShards(shards)

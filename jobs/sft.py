@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jobs.entry import locate, main, perform, section
+from jobs.entry import locate, main, model_directory, perform, section
 from jobs.pretrain import show
 from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import Conversation, read_demonstrations
@@ -35,7 +35,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     config = section(recipe, "sft", SftConfig)
     parents = {}
     model, parents["model"] = locate(run, config.model, "pretrain", "pretrain", "sft.model")
-    model = model / "model" if (model / "model").is_dir() else model  # a stage of ours
+    model = model_directory(model)
     data, parents["data"] = locate(run, config.data, "corpus", "prepare", "sft.data")
     data = data / "exercises.jsonl" if data.is_dir() else data
 

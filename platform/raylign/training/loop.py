@@ -203,16 +203,8 @@ class SupervisedLoop:
         return {"tokens": self._tokens, "seconds": self._seconds, "parameters": parameters}
 
     def _rate(self, step: int) -> float:
-        schedule = self._task.schedule
-        return learning_rate(
-            step,
-            self._task.steps,
-            self._task.optimizer.lr,
-            shape=schedule.shape,
-            warmup_steps=schedule.warmup_steps,
-            final_ratio=schedule.final_ratio,
-            decay_share=schedule.decay_share,
-        )
+        task = self._task
+        return learning_rate(step, task.steps, task.optimizer.lr, **task.schedule.model_dump())
 
     def _sum_over_ranks(self, value: torch.Tensor) -> float:
         if self._engine.world_size > 1:

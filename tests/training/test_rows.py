@@ -1,0 +1,90 @@
+"""What a micro-batch trains and sees, and that dealing covers every row once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raylign.data.chat import Conversation
+from raylign.data.packing import ShardWriter, write_index
+from raylign.training.rows import (
+    CorpusRows,
+    DemonstrationRows,
+    assemble,
+    deal,
+    write_demonstrations,
+)
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    writer = ShardWriter(tmp_path, "train", 50)
+    writer.write(np.arange(12).reshape(2, 6), SEGMENTS)
+    write_index(tmp_path, 6, 50, "hash", {"train": writer})
+    return tmp_path
+
+
+def test_first_tokens_are_trained_only_where_something_precedes_them(shards: Path) -> None:
+    tokens, segments, isolated = CorpusRows(shards, "train", isolate=True).read([0, 1])
+    assert tokens.tolist() == np.arange(12).reshape(2, 6).tolist()
+    assert segments.tolist() == SEGMENTS.tolist()
+    assert isolated.astype(int).tolist() == [[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 1, 1]]
+    _, _, joined = CorpusRows(shards, "train", isolate=False).read([0, 1])
+    assert joined.astype(int).tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+
+
+def test_demonstrations_come_back_from_their_rows(tmp_path: Path) -> None:
+    stream = np.random.default_rng(0)
+    conversations = []
+    for number, length in enumerate([3, 5, 2, 7, 4, 1, 6]):
+        ids = np.full(length, number, np.int32)
+        conversations.append(Conversation(ids, stream.random(length) < 0.5))
+    count = write_demonstrations(conversations, 8, 99, tmp_path, "train")
+    rows = DemonstrationRows(tmp_path, "train")
+    assert rows.count == count == 4  # 28 tokens in rows of 8
+    tokens, segments, trained = rows.read(range(count))
+    assert ((segments == 0) == (tokens == 99)).all() and not trained[segments == 0].any()
+    seen = {}
+    for row in range(count):
+        for segment in range(1, segments[row].max() + 1):
+            here = np.flatnonzero(segments[row] == segment)
+            assert (np.diff(here) == 1).all()
+            number = int(tokens[row, here[0]])
+            assert tokens[row, here].tolist() == conversations[number].token_ids.tolist()
+            assert trained[row, here].tolist() == conversations[number].trained.tolist()
+            seen[number] = True
+    assert sorted(seen) == list(range(7))
+
+
+def test_a_mask_is_made_only_where_documents_share_a_row() -> None:
+    tokens, trained = np.zeros((2, 6), np.int64), np.zeros((2, 6), bool)
+    shared = assemble(tokens, SEGMENTS, trained, isolate=True)
+    assert shared.attention_mask is not None and shared.position_ids is not None
+    assert shared.attention_mask.shape == (2, 1, 6, 6)
+    assert shared.position_ids.tolist()[0][:5] == [0, 1, 2, 0, 1]
+    assert assemble(tokens, SEGMENTS, trained, isolate=False).attention_mask is None
+    assert assemble(tokens[1:], SEGMENTS[1:], trained[1:], isolate=True).attention_mask is None
+
+
+def test_no_rows_make_a_batch_that_trains_nothing() -> None:
+    empty = assemble(np.empty((0, 6)), np.empty((0, 6)), np.empty((0, 6), bool), isolate=True)
+    assert empty.tokens.shape == (1, 2) and not empty.trained.any()
+    assert torch.equal(empty.to(torch.device("cpu")).tokens, empty.tokens)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 8, 17, 64])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro_batch", [1, 3, 16])
+def test_every_row_is_dealt_once_in_equally_many_pieces(
+    rows: int, ranks: int, micro_batch: int
+) -> None:
+    hands = [deal(rows, rank, ranks, micro_batch) for rank in range(ranks)]
+    assert len({len(hand) for hand in hands}) == 1
+    dealt = [list(range(rows))[part] for hand in hands for part in hand]
+    assert all(len(part) <= micro_batch for part in dealt)
+    assert sorted(row for part in dealt for row in part) == list(range(rows))
