@@ -6,8 +6,11 @@ import hashlib
 import logging
 import os
 import random
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +71,29 @@ def connect(config: RayConfig | None = None) -> None:
         options = {"num_cpus": cpus, "include_dashboard": False}
     try:
         _probe(address)
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": worker_env()},
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **options,
-        )
+        with _own_sigterm():
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": worker_env()},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
     except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"ray.address={address!r} cannot be joined ({reason}); start a cluster there with "
             "`ray start --head`, or leave ray.address out for a private one"
         ) from None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which `ray.init` replaces by one that exits at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _probe(address: str) -> None:

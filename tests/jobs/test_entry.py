@@ -40,7 +40,9 @@ def work(recipe, run, board):
             ray.get(ray.remote(fail).remote())
         if ending == "defect":
             raise ZeroDivisionError("oh")
-        if ending == "wait":
+        if ending == "wait on Ray":
+            connect()
+        if ending.startswith("wait"):
             print("waiting", flush=True)
             time.sleep(60)
 
@@ -138,9 +140,13 @@ def test_a_defect_shows_its_traceback(job, tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_130_and_leaves_nothing(job, tmp_path: Path, number: int) -> None:
-    process = job("run: run\nalign: {reward: {source: wait}}\n")
+@pytest.mark.parametrize("ending", ["wait", "wait on Ray"])
+def test_an_interrupt_is_130_and_leaves_nothing(
+    job, tmp_path: Path, number: int, ending: str
+) -> None:
+    process = job(f"run: run\nalign: {{reward: {{source: {ending}}}}}\n")
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(number)
     started = time.monotonic()
