@@ -64,7 +64,8 @@ def test_the_project_template_marks_answers_with_tags_and_unicode(
     [found] = encode_conversations([messages], bytewise)
     assert isinstance(found, Conversation)
     assert bytewise.decode(found.token_ids) == (
-        "be kind\n<user>2 plus 2?<assistant><work>été 四</work> 4<eos><user>ok?<assistant> yes <eos>"
+        "be kind\n<user>2 plus 2?<assistant><work>été 四</work> 4<eos>"
+        "<user>ok?<assistant> yes <eos>"
     )
     assert bytewise.decode(found.token_ids[found.trained]) == (
         "<work>été 四</work> 4<eos> yes <eos>"

@@ -31,7 +31,9 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_a_seed_gives_the_same_weights_to_the_bit() -> None:
-    config = build_config(ModelConfig(hidden_size=16, layers=1, ffn_size=16), 20, pad_id=0, eos_id=1)
+    config = build_config(
+        ModelConfig(hidden_size=16, layers=1, ffn_size=16), 20, pad_id=0, eos_id=1
+    )
     torch.manual_seed(5)
     first = initialise(config, 2**62 + 1).state_dict()
     drawn = torch.rand(1)
@@ -45,9 +47,7 @@ def test_a_seed_gives_the_same_weights_to_the_bit() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_saved_is_loaded(
-    tiny_model: Path, tmp_path: Path, tied: bool, dtype: str
-) -> None:
+def test_what_is_saved_is_loaded(tiny_model: Path, tmp_path: Path, tied: bool, dtype: str) -> None:
     tokenizer = load_tokenizer(tiny_model)
     shape = ModelConfig(hidden_size=16, layers=1, ffn_size=16, tie_embeddings=tied)
     model = initialise(build_config(shape, len(tokenizer), pad_id=0, eos_id=1), 0)

@@ -39,7 +39,9 @@ def score_naively(
     return logprobs, entropy
 
 
-def take_gradient(model: PreTrainedModel, scores: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def take_gradient(
+    model: PreTrainedModel, scores: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """Of a loss in which every entry weighs differently."""
     weights = torch.linspace(-1, 2, ROWS * LENGTH).reshape(ROWS, LENGTH)
     loss = (scores[0] * weights).sum() + (scores[1] * weights.flip(1)).sum()
@@ -101,7 +103,9 @@ def test_greedy_choices_have_no_density(model: PreTrainedModel, tokens: torch.Te
 
 
 def test_heads_that_bend_their_logits_are_refused(tokens: torch.Tensor) -> None:
-    config = build_config(ModelConfig(hidden_size=16, layers=1, ffn_size=16), 23, pad_id=0, eos_id=1)
+    config = build_config(
+        ModelConfig(hidden_size=16, layers=1, ffn_size=16), 23, pad_id=0, eos_id=1
+    )
     config.final_logit_softcapping = 30.0
     with pytest.raises(NotImplementedError, match="final_logit_softcapping"):
         score_tokens(initialise(config, 0), tokens)

@@ -13,7 +13,7 @@ def make_store(root: Path, keep: int = 2) -> CheckpointStore:
     return CheckpointStore(root, rank=0, barrier=lambda: None, keep=keep)
 
 
-def write_weights(text: str):  # noqa: ANN201
+def write_weights(text: str):
     def write(directory: Path) -> None:
         (directory / "inner").mkdir()
         (directory / "inner" / "weights").write_text(text)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from raylign.config import UserError
 
@@ -43,6 +44,7 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     _require(path, "config.json", "a model")
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model {path} has no *.safetensors weights; save it in safetensors format")
+    disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
+from raylign.runtime import disconnect
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, read_lines
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
 
@@ -43,9 +44,13 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     thread = threading.Thread(target=_fit, args=(task, workers, outcome), daemon=True)
     # A thread of its own: Ray Train would take over Ctrl-C in the main one.
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        _show(task, bar)
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            _show(task, bar)
+    except KeyboardInterrupt:
+        disconnect()  # else ranks would go on writing where the draft is being removed
+        raise
     try:
         _raise_failure(task, workers, outcome.error)
         assert outcome.result is not None
@@ -118,7 +123,13 @@ def _show(task: SupervisedTask, bar: Bar) -> None:
         checked = [r["validation_loss"] for r in rows if "validation_loss" in r]
         note = f"loss {row['loss']:.3f}"
         note += f"  validation {checked[-1]:.3f}" if checked else ""
+        restarts = _count_restarts(task)
+        note += f"  {restarts} restarts" if restarts else ""
         bar.update(row["step"], f"{note}  {row['tokens_per_second']:,.0f} tokens/s")
+
+
+def _count_restarts(task: SupervisedTask) -> int:
+    return max(0, len(read_lines(task.output / EVENTS_FILE)) - 1)
 
 
 def _raise_failure(
@@ -161,7 +172,7 @@ def _summarise(task: SupervisedTask, result: Mapping[str, float]) -> dict[str, A
         "loss": rows[-1]["loss"],
         "validation_loss": checked[-1] if checked else None,
         "steps": task.steps,
-        "restarts": len(read_lines(task.output / EVENTS_FILE)) - 1,
+        "restarts": _count_restarts(task),
         "tokens": int(result["tokens"]),
         "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
         "parameters": int(result["parameters"]),

@@ -1,0 +1,193 @@
+"""The supervised loop in one process: what it records, exports, and resumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raylign.config import EngineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, UserError
+from raylign.data.packing import ShardWriter, pack, write_index
+from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
+from raylign.models.presets import build_config
+from raylign.tracking import METRICS_FILE, read_lines
+from raylign.training.loop import CHECKPOINTS, SAMPLES_FILE, SupervisedLoop, SupervisedTask
+from raylign.training.rows import CorpusRows
+
+VOCABULARY = 57
+CONFIG = build_config(
+    ModelConfig(hidden_size=16, layers=1, ffn_size=24, context=32), VOCABULARY, pad_id=0, eos_id=1
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents that count upwards by a step of their own: easy to learn."""
+    directory = tmp_path_factory.mktemp("shards")
+    stream = np.random.default_rng(0)
+    documents = [
+        (stream.integers(50) + np.arange(stream.integers(4, 20)) * stream.integers(1, 4)) % 50 + 4
+        for _ in range(200)
+    ]
+    tokens, segments = pack(documents, 16, eos=1, pad=0)
+    writers = {}
+    for split, part in (("train", slice(10, None)), ("validation", slice(0, 10))):
+        writers[split] = ShardWriter(directory, split, VOCABULARY)
+        writers[split].write(tokens[part], segments[part])
+    write_index(directory, 16, VOCABULARY, "hash", writers)
+    return directory
+
+
+def make_task(shards: Path, tokenizer: Path, output: Path) -> SupervisedTask:
+    output.mkdir(exist_ok=True)
+    return SupervisedTask(
+        name="pretrain",
+        output=output,
+        start=CONFIG,
+        tokenizer=tokenizer,
+        open_rows=partial(CorpusRows, shards, isolate=True),
+        weight_seed=1,
+        order_seed=2,
+        steps=25,
+        batch_size=6,
+        micro_batch_size=4,
+        isolate=True,
+        checkpoint_every=8,
+        optimizer=OptimizerConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=3),
+        engine=EngineConfig(backend="torch"),
+        threads=1,
+        prompts=(("w1 w2", (4, 5)), ("long", tuple(range(4, 36)))),
+        sample_tokens=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SupervisedTask, dict[str, float]]:
+    task = make_task(shards, tiny_model, tmp_path_factory.mktemp("out"))
+    return task, SupervisedLoop(task).run()
+
+
+Finished = tuple[SupervisedTask, dict[str, float]]
+
+
+def test_it_learns_and_records_what_happened(finished: Finished) -> None:
+    task, result = finished
+    rows = read_lines(task.output / METRICS_FILE)
+    assert [row["step"] for row in rows] == [1, 8, 10, 16, 20, 24, 25]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 24, 25]
+    assert rows[0]["loss"] == pytest.approx(math.log(VOCABULARY), rel=0.05)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[-1]["validation_loss"] == pytest.approx(rows[-1]["loss"], rel=0.2)
+    assert rows[0]["lr"] == pytest.approx(1e-2 / 4) and rows[-1]["lr"] == pytest.approx(1e-3)
+    assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert 24 * 6 * 16 < result["tokens"] <= 25 * 6 * 16  # only the last row has padding
+    assert result["parameters"] == sum(p.numel() for p in initialise(CONFIG, 0).parameters())
+
+
+def test_the_model_is_exported_with_its_tokenizer(finished: Finished) -> None:
+    task, _ = finished
+    model = load_model(task.output / "model")
+    assert load_tokenizer(task.output / "model").chat_template
+    row = read_lines(task.output / METRICS_FILE)[-1]
+    tokens, _, trained = CorpusRows(Path(task.open_rows.args[0]), "validation", True).read(
+        range(10)
+    )
+    losses = []
+    for index in range(10):  # alone, without packing: documents end where segments do
+        starts = np.flatnonzero(~trained[index])
+        for start, end in zip(starts, [*starts[1:], 16], strict=True):
+            ids = torch.from_numpy(tokens[index : index + 1, start:end])
+            if end - start > 1:
+                table = torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)
+                losses += (-table.gather(1, ids[0, 1:, None])).flatten().tolist()
+    assert row["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_samples_continue_every_prompt_at_every_checkpoint(finished: Finished) -> None:
+    task, _ = finished
+    rows = read_lines(task.output / SAMPLES_FILE)
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (8, 16, 24, 25) for prompt in ("w1 w2", "long")
+    ]
+    last = load_model(task.output / "model")
+    ids = [4, 5]
+    for _ in range(5):
+        choice = int(last(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(choice)
+        if choice == 1:
+            break
+    tokenizer = load_tokenizer(task.output / "model")
+    assert rows[-2]["text"] == tokenizer.decode(ids[2:], skip_special_tokens=True)
+    assert rows[-1]["text"] == "", "a prompt that fills the context is not continued"
+
+
+class _FailingRows(CorpusRows):
+    """Stops reading after a number of steps, as a killed process would."""
+
+    left = 20
+
+    def read(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if len(indices) == 6:
+            if self.left == 0:
+                raise ConnectionError("gone")
+            self.left -= 1
+        return super().read(indices)
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    finished: Finished, shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole, result = finished
+    task = make_task(shards, tiny_model, tmp_path / "out")
+    with pytest.raises(ConnectionError):
+        SupervisedLoop(replace(task, open_rows=partial(_FailingRows, shards, isolate=True))).run()
+    assert read_lines(task.output / METRICS_FILE)[-1]["step"] == 20
+    assert len(list((task.output / CHECKPOINTS).iterdir())) == 2
+    again = SupervisedLoop(task).run()
+    assert again["tokens"] == result["tokens"]
+    ours, theirs = (load_file(t.output / "model" / "model.safetensors") for t in (task, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    timeless = ("step", "loss", "lr", "grad_norm", "validation_loss")
+    for file in (METRICS_FILE, SAMPLES_FILE):
+        recorded = [
+            [{k: row[k] for k in (*timeless, "prompt", "text") if k in row} for row in rows]
+            for rows in (read_lines(task.output / file), read_lines(whole.output / file))
+        ]
+        assert recorded[0] == recorded[1]
+
+
+def test_a_seed_fixes_the_first_loss_to_the_bit(
+    finished: Finished, shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    first = read_lines(finished[0].output / METRICS_FILE)[0]["loss"]
+    task = replace(make_task(shards, tiny_model, tmp_path / "a"), steps=1, prompts=())
+    SupervisedLoop(task).run()
+    assert read_lines(task.output / METRICS_FILE)[0]["loss"] == first
+    for change in ({"weight_seed": 9}, {"order_seed": 9}):
+        other = replace(task, output=tmp_path / str(change), **change)
+        SupervisedLoop(other).run()
+        assert read_lines(other.output / METRICS_FILE)[0]["loss"] != first
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = initialise(CONFIG, 0)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = math.nan
+    save_model(broken, CONFIG, load_tokenizer(tiny_model), tmp_path / "broken")
+    task = make_task(shards, tiny_model, tmp_path / "out")
+    with pytest.raises(UserError, match=r"loss is nan at step 1; lower pretrain.optimizer.lr"):
+        SupervisedLoop(replace(task, start=tmp_path / "broken")).run()
