@@ -88,3 +88,12 @@ def test_every_row_is_dealt_once_in_equally_many_pieces(
     dealt = [list(range(rows))[part] for hand in hands for part in hand]
     assert all(len(part) <= micro_batch for part in dealt)
     assert sorted(row for part in dealt for row in part) == list(range(rows))
+
+
+def test_no_rows_can_be_read(tmp_path: Path) -> None:
+    """A rank that has none of the few validation rows still asks for its share."""
+    conversation = Conversation(np.array([1, 2, 3], np.int32), np.array([False, True, True]))
+    write_demonstrations([conversation], 6, 0, tmp_path, "validation")
+    rows = DemonstrationRows(tmp_path, "validation")
+    tokens, segments, trained = rows.read(range(rows.count)[slice(0, 0)])
+    assert tokens.shape == segments.shape == trained.shape == (0, 6)

@@ -84,7 +84,8 @@ class DemonstrationRows:
     def read(
         self, indices: Sequence[int] | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        tokens, segments, trained = (column[np.asarray(indices)] for column in self._columns)
+        rows = np.asarray(indices, dtype=np.int64)  # of no rows it would be an array of floats
+        tokens, segments, trained = (column[rows] for column in self._columns)
         return tokens.astype(np.int64), segments.astype(np.int64), trained
 
 
