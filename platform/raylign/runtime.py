@@ -90,7 +90,7 @@ def connect(config: RayConfig | None = None) -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM, which `ray.init` replaces by one that exits at once."""
+    """Keep this process's handler of SIGTERM; `ray.init` puts one in place that exits at once."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     if callable(handler):
