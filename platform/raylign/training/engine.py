@@ -58,8 +58,8 @@ def build_engine(
 ) -> Engine:
     """The engine that `config` names, owning `model`.
 
-    `torch.distributed` must be initialised when there is more than one rank; a model differs
-    between ranks at the caller's peril.
+    `torch.distributed` must be initialised when there is more than one rank, and every rank must
+    give the same weights.
     """
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -78,6 +78,7 @@ class SupervisedLoop:
         self._store = CheckpointStore(
             task.output / CHECKPOINTS, self._engine.rank, partial(_wait, self._engine)
         )
+        self._partitioned = task.engine.backend == "deepspeed" and task.engine.zero_stage == 3
         self._tokens, self._seconds = 0, 0.0
         self._window = _Window(self._engine.device)
 
@@ -91,6 +92,8 @@ class SupervisedLoop:
         tracker = JsonTracker(task.output) if self._engine.rank == 0 else None
         if tracker is not None:
             tracker.event(what="started", step=first, ranks=self._engine.world_size)
+            if self._partitioned:
+                tracker.event(what="no samples: one rank alone has no whole weights under ZeRO-3")
         for step in range(first, task.steps):
             rate = self._rate(step)
             norm = self._take_step(step, rate)
@@ -171,9 +174,8 @@ class SupervisedLoop:
     def _sample(self, done: int) -> None:
         """Continue the prompts greedily, on the first rank."""
         task, engine = self._task, self._engine
-        partitioned = task.engine.backend == "deepspeed" and task.engine.zero_stage == 3
-        if engine.rank != 0 or not task.prompts or partitioned:
-            return  # one rank alone cannot gather partitioned weights
+        if engine.rank != 0 or not task.prompts or self._partitioned:
+            return
         sampler = Sampler(engine.lm, self._tokenizer)
         with (task.output / SAMPLES_FILE).open("a", encoding="utf-8") as stream:
             for shown, ids in task.prompts:

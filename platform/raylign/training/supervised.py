@@ -129,7 +129,8 @@ def _show(task: SupervisedTask, bar: Bar) -> None:
 
 
 def _count_restarts(task: SupervisedTask) -> int:
-    return max(0, len(read_lines(task.output / EVENTS_FILE)) - 1)
+    starts = [row for row in read_lines(task.output / EVENTS_FILE) if row["what"] == "started"]
+    return max(0, len(starts) - 1)
 
 
 def _raise_failure(
