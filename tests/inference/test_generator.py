@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,3 +168,14 @@ def test_a_missing_model_is_the_users_mistake(backend: str, tmp_path: Path) -> N
 def test_an_unknown_backend_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="'vllm' or 'transformers'"):
         build("sglang", tiny_model)
+
+
+def test_a_head_that_vllm_cannot_serve_on_a_cpu_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a limit of vLLM on CPUs")
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny_model, odd)
+    shape = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(shape | {"head_dim": 16}))
+    with pytest.raises(UserError, match=r"heads of 16 dimensions .* knows 32, 64"):
+        build("vllm", odd)

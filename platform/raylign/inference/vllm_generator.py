@@ -52,6 +52,8 @@ class VLLMGenerator:
             raise UserError(f"{model} is no model directory: it has no config.json")
         self._sampling_params, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
         on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            _check_head_size(model)
         self._engine: Any = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(model),
@@ -169,6 +171,22 @@ class VLLMGenerator:
             versions=versions,
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
             finish_reason=completion.finish_reason or "abort",
+        )
+
+
+def _check_head_size(model: Path) -> None:
+    """vLLM on a CPU knows attention heads of certain widths, and says so only when it generates."""
+    from transformers import AutoConfig
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    shape = AutoConfig.from_pretrained(model, local_files_only=True)
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if width not in known:
+        raise UserError(
+            f"{model} has attention heads of {width} dimensions (hidden_size / heads), and vLLM on "
+            f"a CPU knows {', '.join(map(str, known))}; choose another shape, or "
+            "backend=transformers"
         )
 
 
