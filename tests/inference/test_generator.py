@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ PROMPTS = [(5, 6, 7, 8), (9, 10, 11), (5, 6, 7, 12, 13)]
 
 
 def build(backend: str, model: Path) -> Generator:
+    importlib.import_module("numba")  # as a process has it that prepared data; it once broke vLLM
     return build_generator(
         backend,
         model,

@@ -10,7 +10,9 @@ by the old weights, so all of them are dropped at each update.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 
 from raylign.config import UserError
 from raylign.inference.generator import Sample, Sampling, fresh_keys
+
+_ANSWERS_TO_ANYTHING = "llvmlite.binding.ffi"
 
 
 class VLLMGenerator:
@@ -54,22 +58,22 @@ class VLLMGenerator:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             _check_head_size(model)
-        self._engine: Any = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=str(model),
-                dtype=dtype,
-                seed=seed % 2**31,
-                max_model_len=max_length,
-                max_num_seqs=max_sequences,
-                # Compilation takes longer than a small model's whole run and gains little there.
-                enforce_eager=not on_gpu,
-                kv_cache_memory_bytes=None if on_gpu else kv_cache_mb << 20,
-                enable_prefix_caching=True,
-                # The distribution that tokens are drawn from, temperature and top-k/p included.
-                logprobs_mode="processed_logprobs",
-                disable_log_stats=True,
-            )
+        settings = EngineArgs(
+            model=str(model),
+            dtype=dtype,
+            seed=seed % 2**31,
+            max_model_len=max_length,
+            max_num_seqs=max_sequences,
+            # Compilation takes longer than a small model's whole run and gains little there.
+            enforce_eager=not on_gpu,
+            kv_cache_memory_bytes=None if on_gpu else kv_cache_mb << 20,
+            enable_prefix_caching=True,
+            # The distribution that tokens are drawn from, temperature and top-k/p included.
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
         )
+        with _llvmlite_out_of_sight():
+            self._engine: Any = LLMEngine.from_engine_args(settings)
         if not on_gpu:
             torch.set_num_threads(threads)
         self._tokenizer = self._engine.get_tokenizer()
@@ -172,6 +176,18 @@ class VLLMGenerator:
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
             finish_reason=completion.finish_reason or "abort",
         )
+
+
+@contextmanager
+def _llvmlite_out_of_sight() -> Iterator[None]:
+    """vLLM on a CPU looks through the attributes of every loaded module. One object of llvmlite,
+    which numba brings, answers to any attribute name at all, `__dict__` too, and stops it."""
+    hidden = sys.modules.pop(_ANSWERS_TO_ANYTHING, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules[_ANSWERS_TO_ANYTHING] = hidden
 
 
 def _check_head_size(model: Path) -> None:
