@@ -144,8 +144,7 @@ def test_staleness_zero_takes_turns(journey: Run, tmp_path: Path) -> None:
             f"align.model={journey.root / 'sft'}",
             f"align.prompts={journey.root / 'corpus' / 'prompts.jsonl'}",
             "align.max_staleness=0",
-            "align.reward.source=tests.jobs.flaky_reward:score",
-            "align.reward.weights={correct: 1.0}",
+            "align.reward.source=tests.jobs.user_rewards:misbehave",
         )
     )
     metrics = read_lines(tmp_path / "align" / "metrics.jsonl")

@@ -1,9 +1,14 @@
-"""A user's reward function that misbehaves in every way it can."""
+"""A user's reward functions, named by import path: one sound, one that misbehaves."""
 
 from __future__ import annotations
 
 
-def score(completion: str, reference: str) -> dict[str, float]:
+def reward_variety(completion: str, reference: str) -> dict[str, float]:
+    """The more different characters the better: even untrained models differ in it."""
+    return {"correct": len(set(completion)) / 40}
+
+
+def misbehave(completion: str, reference: str) -> dict[str, float]:
     """Raises for some completions, gives NaN for others, else the share of right characters."""
     choice = sum(map(ord, completion)) % 4
     if choice == 0:
