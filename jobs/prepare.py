@@ -14,10 +14,10 @@ from typing import Any
 from jobs.entry import main, perform, section
 from jobs.tokenizer import build_tokenizer
 from raylign.config import PrepareConfig, Recipe, UserError
-from raylign.data.corpus import build_corpus as write_corpus
-from raylign.data.corpus_shards import Vocabulary, pack_corpus
+from raylign.data.corpus.pipeline import build_corpus as write_corpus
 from raylign.data.documents import list_document_files
-from raylign.data.sources import plan_slices
+from raylign.data.shards.pack import Vocabulary, pack_corpus
+from raylign.data.sources.slices import plan_slices
 from raylign.models.loading import load_tokenizer, pad_id
 from raylign.run import Draft, Run, Stage, content_hash
 from raylign.runtime import derive_seed

@@ -38,7 +38,7 @@ OURS = ("raylign", "actors", "jobs")
 CONFINED = {
     "ray": (
         "raylign.runtime",
-        "raylign.data.corpus*",
+        "raylign.data.corpus.pipeline*",
         "raylign.training.supervised",
         "raylign.training.tuning",
         "actors*",
@@ -117,7 +117,7 @@ def list_imports(module: Module) -> Iterator[Import]:
 
 
 def is_below(name: str, *parents: str) -> bool:
-    """`raylign.data.corpus*` also matches raylign.data.corpus_stages."""
+    """`raylign.data.corpus.pipeline*` also matches raylign.data.corpus_stages."""
     return any(
         name.startswith(parent[:-1])
         if parent.endswith("*")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raylign.data.arithmetic import MENTAL, draw_problem, phrase_question, show_working
+from raylign.data.textbook.arithmetic import MENTAL, draw_problem, phrase_question, show_working
 from raylign.run import Run, write_json
 from raylign.tracking import JsonTracker
 

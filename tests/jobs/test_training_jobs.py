@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import pretrain, sft
 from raylign.config import ModelConfig, PretrainConfig, Recipe, SftConfig, UserError
-from raylign.data.arithmetic import draw_problem, write_exercise, write_textbook
 from raylign.data.packing import ShardWriter, pack, write_index
+from raylign.data.textbook.arithmetic import draw_problem, write_exercise, write_textbook
 from raylign.models.loading import initialise, load_tokenizer, save_model
 from raylign.models.presets import build_config
 from raylign.run import Run, Stage

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from raylign.data.arithmetic import draw_problem, solve
+from raylign.data.textbook.arithmetic import draw_problem, solve
 from raylign.rewards.verifiers import (
     VERIFIERS,
     verify_arithmetic,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raylign.data.arithmetic import write_textbook
+from raylign.data.textbook.arithmetic import write_textbook
 from raylign.tokenization.compare import compare
 from raylign.tokenization.train import train_bpe
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raylign.config import TokenizerConfig, UserError
-from raylign.data.arithmetic import Problem, write_exercise, write_textbook
+from raylign.data.textbook.arithmetic import Problem, write_exercise, write_textbook
 from raylign.tokenization.train import SPECIAL, train_bpe
 
 TAGS = TokenizerConfig().tags

@@ -8,19 +8,17 @@ from raylign.config.alignment import (
     RolloutConfig,
     SamplingConfig,
 )
-from raylign.config.corpus import (
-    DecontaminateConfig,
-    DedupConfig,
-    PrepareConfig,
-    QualityConfig,
-    SourceConfig,
-    TextbookConfig,
-    TokenizerConfig,
-)
+from raylign.config.corpus import PrepareConfig
+from raylign.config.decontamination import DecontaminateConfig
+from raylign.config.dedup import DedupConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.loading import ConfigError, load_recipe
+from raylign.config.quality import QualityConfig
 from raylign.config.recipe import RayConfig, Recipe
 from raylign.config.section import Section, UserError
+from raylign.config.sources import SourceConfig
+from raylign.config.textbook import TextbookConfig
+from raylign.config.tokenizer import TokenizerConfig
 from raylign.config.training import (
     EngineConfig,
     ModelConfig,

@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import Field
 
 from raylign.config.alignment import AlignConfig
-from raylign.config.corpus import PrepareConfig, TokenizerConfig
+from raylign.config.corpus import PrepareConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.section import Section
+from raylign.config.tokenizer import TokenizerConfig
 from raylign.config.training import PretrainConfig, SftConfig
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from raylign.config import TextbookConfig, UserError
-from raylign.data.arithmetic import MENTAL, hold_out
-from raylign.data.decontaminate import build_index, list_needles
-from raylign.data.problems import Problems, draw_problems, write_problems
+from raylign.data.decontamination.index import build_index, list_needles
+from raylign.data.textbook.arithmetic import MENTAL, hold_out
+from raylign.data.textbook.problems import Problems, draw_problems, write_problems
 
 CONFIG = TextbookConfig(exercises=3000, prompts=200, held_out=100)
 

@@ -16,14 +16,14 @@ import ray.data
 from rich.console import Console
 
 from raylign.config import PrepareConfig, SourceConfig, TextbookConfig, UserError
-from raylign.data import corpus_passes as passes
-from raylign.data.arithmetic import hold_out
-from raylign.data.corpus import build_corpus, decide_fates
-from raylign.data.corpus_shards import Vocabulary, pack_corpus
-from raylign.data.decontaminate import build_index, list_needles, overlapping
+from raylign.data.corpus import passes
+from raylign.data.corpus.pipeline import build_corpus, decide_fates
+from raylign.data.decontamination.index import build_index, list_needles, overlapping
 from raylign.data.documents import list_document_files, shuffle_key
 from raylign.data.packing import PackedShards
-from raylign.data.sources import plan_slices
+from raylign.data.shards.pack import Vocabulary, pack_corpus
+from raylign.data.sources.slices import plan_slices
+from raylign.data.textbook.arithmetic import hold_out
 from raylign.tokenization.train import train_bpe
 from raylign.tracking import ProgressBoard
 
@@ -143,7 +143,7 @@ def test_nothing_is_lost(built: Path) -> None:
 
 
 def passes_steps() -> tuple[str, ...]:
-    from raylign.data.funnel import STEPS
+    from raylign.data.corpus.funnel import STEPS
 
     return STEPS
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylign.config import PrepareConfig
-from raylign.data.decontaminate import Index
-from raylign.data.problems import Problems
-from raylign.data.quality import KEYS
+from raylign.data.decontamination.index import Index
+from raylign.data.quality.rules import KEYS
+from raylign.data.textbook.problems import Problems
 
 STEPS = (
     "read",

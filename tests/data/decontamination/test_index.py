@@ -5,14 +5,14 @@ import random
 
 import pytest
 
-from raylign.data.arithmetic import Problem, hold_out, list_phrasings, write_textbook
-from raylign.data.decontaminate import (
+from raylign.data.decontamination.index import (
     build_index,
     find_matches,
     list_needles,
     overlapping,
     remove_lines,
 )
+from raylign.data.textbook.arithmetic import Problem, hold_out, list_phrasings, write_textbook
 from raylign.data.words import split_words
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from raylign.config import DedupConfig
-from raylign.data.arithmetic import write_textbook
-from raylign.data.dedup import (
+from raylign.data.dedup.signatures import (
     LARGE_BUCKET,
     Duplicates,
     estimate_jaccard,
@@ -18,6 +17,7 @@ from raylign.data.dedup import (
     needed_agreement,
     sign,
 )
+from raylign.data.textbook.arithmetic import write_textbook
 from raylign.data.words import split_words
 
 CONFIG = DedupConfig()

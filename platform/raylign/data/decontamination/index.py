@@ -15,7 +15,7 @@ import numba as nb
 import numpy as np
 import pyarrow as pa
 
-from raylign.data.arithmetic import Problem, list_phrasings
+from raylign.data.textbook.arithmetic import Problem, list_phrasings
 from raylign.data.words import kernel, mix, split_words
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)

@@ -12,10 +12,11 @@ import pytest
 import xxhash
 
 from raylign.config import SourceConfig, TextbookConfig, UserError
-from raylign.data import source_files, sources
-from raylign.data.arithmetic import write_textbook
-from raylign.data.source_python import list_modules
-from raylign.data.sources import plan_slices, read_slice
+from raylign.data.sources import files as source_files
+from raylign.data.sources import slices as sources
+from raylign.data.sources.python import list_modules
+from raylign.data.sources.slices import plan_slices, read_slice
+from raylign.data.textbook.arithmetic import write_textbook
 
 TEXTBOOK = TextbookConfig(pages=2500)
 
@@ -79,7 +80,7 @@ def test_docstrings_are_named_after_their_place() -> None:
 def test_definitions_inside_conditions_are_found(tmp_path: Path) -> None:
     import ast
 
-    from raylign.data.source_python import _group
+    from raylign.data.sources.python import _group
 
     code = (
         '"""Top."""\ntry:\n    def f():\n        """F."""\nexcept ImportError:\n'

@@ -23,7 +23,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from raylign.config import UserError
-from raylign.data.corpus import stream
+from raylign.data.corpus.pipeline import stream
 from raylign.data.documents import read_table, shuffle_key
 from raylign.data.packing import SPLITS, ShardWriter, pack_chunks, write_index
 from raylign.tracking import ProgressBoard

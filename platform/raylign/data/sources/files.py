@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylign.config import SourceConfig, UserError
-from raylign.data.source_rows import Row, accept, reject
+from raylign.data.sources.rows import Row, accept, reject
 
 KINDS = {
     "jsonl": (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"),

@@ -17,9 +17,10 @@ import pyarrow as pa
 import xxhash
 
 from raylign.config import SourceConfig, TextbookConfig, UserError
-from raylign.data import source_files, source_python
-from raylign.data.arithmetic import write_page
-from raylign.data.source_rows import Row
+from raylign.data.sources import files as source_files
+from raylign.data.sources import python as source_python
+from raylign.data.sources.rows import Row
+from raylign.data.textbook.arithmetic import write_page
 
 TEXTBOOK = "textbook"
 PAGES_A_SLICE = 1000

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from raylign.data.extraction import split_passages, split_sections
-from raylign.data.source_rows import Row, reject
+from raylign.data.extraction.text import split_passages, split_sections
+from raylign.data.sources.rows import Row, reject
 
 # Tests, demonstrations and installed packages: not documentation, or not the same everywhere.
 _SKIPPED = {

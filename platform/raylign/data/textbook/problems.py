@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from raylign.config import TextbookConfig, UserError
-from raylign.data.arithmetic import (
+from raylign.data.decontamination.index import Index, overlapping
+from raylign.data.textbook.arithmetic import (
     Problem,
     draw_distinct,
     hold_out,
     phrase_question,
     write_exercise,
 )
-from raylign.data.decontaminate import Index, overlapping
 
 
 @dataclass(frozen=True, slots=True)

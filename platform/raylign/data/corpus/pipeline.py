@@ -32,13 +32,13 @@ import ray.data
 import xxhash
 
 from raylign.config import PrepareConfig, UserError
-from raylign.data import corpus_passes as passes
-from raylign.data.arithmetic import Problem
-from raylign.data.decontaminate import Index, build_index, list_needles
-from raylign.data.dedup import Signatures, find_duplicates
-from raylign.data.funnel import Tally, describe, explain_empty, summarise
-from raylign.data.problems import draw_problems, write_problems
-from raylign.data.sources import TEXTBOOK, Slice
+from raylign.data.corpus import passes
+from raylign.data.corpus.funnel import Tally, describe, explain_empty, summarise
+from raylign.data.decontamination.index import Index, build_index, list_needles
+from raylign.data.dedup.signatures import Signatures, find_duplicates
+from raylign.data.sources.slices import TEXTBOOK, Slice
+from raylign.data.textbook.arithmetic import Problem
+from raylign.data.textbook.problems import draw_problems, write_problems
 from raylign.run import write_json
 from raylign.tracking import ProgressBoard
 

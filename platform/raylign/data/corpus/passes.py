@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylign.config import DecontaminateConfig, DedupConfig, QualityConfig, TextbookConfig
-from raylign.data import quality
-from raylign.data.decontaminate import Index, overlapping, remove_lines
-from raylign.data.dedup import hash_text, sign
-from raylign.data.extraction import clean_text
-from raylign.data.funnel import Tally
-from raylign.data.sources import Slice, read_slice
+from raylign.data.corpus.funnel import Tally
+from raylign.data.decontamination.index import Index, overlapping, remove_lines
+from raylign.data.dedup.signatures import hash_text, sign
+from raylign.data.extraction.text import clean_text
+from raylign.data.quality import rules as quality
+from raylign.data.sources.slices import Slice, read_slice
 
 DOCUMENTS = pa.schema(
     [

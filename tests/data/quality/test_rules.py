@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from raylign.config import QualityConfig
-from raylign.data.quality import KEYS, list_reasons, measure
+from raylign.data.quality.rules import KEYS, list_reasons, measure
 
 CONFIG = QualityConfig(
     min_chars=10,

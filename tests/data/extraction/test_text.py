@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from raylign.data.extraction import clean_text, is_encodable, split_passages, split_sections
+from raylign.data.extraction.text import clean_text, is_encodable, split_passages, split_sections
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raylign.data.extraction import is_encodable
+from raylign.data.extraction.text import is_encodable
 
 # A rejected row is kept for inspection, not for training: this much of it is enough.
 REJECTED_CHARS = 2000

@@ -1,0 +1,1 @@
+"""Evaluation items, found in and taken out of documents."""

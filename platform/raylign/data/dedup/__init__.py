@@ -1,0 +1,1 @@
+"""Documents, lines and passages that occur more than once."""

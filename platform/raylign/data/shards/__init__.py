@@ -1,0 +1,1 @@
+"""Documents to packed token rows: the mixture, the tokens, the shards."""

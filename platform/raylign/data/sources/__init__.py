@@ -1,0 +1,1 @@
+"""Where documents come from: plans cut into slices, and readers that know one format each."""

@@ -1,0 +1,1 @@
+"""A generated arithmetic textbook, its exercises and held-out problems."""
