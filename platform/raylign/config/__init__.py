@@ -13,10 +13,12 @@ from raylign.config.decontamination import DecontaminateConfig
 from raylign.config.dedup import DedupConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.loading import ConfigError, load_recipe
-from raylign.config.quality import QualityConfig
+from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
 from raylign.config.recipe import RayConfig, Recipe
 from raylign.config.section import Section, UserError
+from raylign.config.shards import MixtureConfig
 from raylign.config.sources import SourceConfig
+from raylign.config.synthesis import ClassifierConfig, SynthesiseConfig
 from raylign.config.textbook import TextbookConfig
 from raylign.config.tokenizer import TokenizerConfig
 from raylign.config.training import (
@@ -32,14 +34,17 @@ from raylign.config.training import (
 __all__ = [
     "AlgorithmConfig",
     "AlignConfig",
+    "ClassifierConfig",
     "ConfigError",
     "DecontaminateConfig",
     "DedupConfig",
     "EngineConfig",
     "EvaluateConfig",
     "LearnerConfig",
+    "MixtureConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PiiConfig",
     "PrepareConfig",
     "PretrainConfig",
     "QualityConfig",
@@ -51,7 +56,9 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "SftConfig",
+    "SignalsConfig",
     "SourceConfig",
+    "SynthesiseConfig",
     "TextbookConfig",
     "TokenizerConfig",
     "UserError",

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from raylign.config.decontamination import DecontaminateConfig
 from raylign.config.dedup import DedupConfig
-from raylign.config.quality import QualityConfig
+from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
 from raylign.config.section import Count, Section, Share
+from raylign.config.shards import MixtureConfig
 from raylign.config.sources import SourceConfig
 from raylign.config.textbook import TextbookConfig
 
@@ -28,8 +29,14 @@ class PrepareConfig(Section):
     """Where documents come from."""
     textbook: TextbookConfig = TextbookConfig()
     """What the arithmetic generator writes."""
+    max_damaged_share: Share = 0.1
+    """Stop when more than this share of a source's records cannot be read."""
+    signals: SignalsConfig = SignalsConfig()
+    """What is measured of every document, once."""
     quality: QualityConfig = QualityConfig()
-    """Heuristic filters."""
+    """Heuristic filters: thresholds on what was measured."""
+    pii: PiiConfig = PiiConfig()
+    """Personal data replaced in kept documents."""
     dedup: DedupConfig = DedupConfig()
     """Duplicate removal."""
     decontaminate: DecontaminateConfig = DecontaminateConfig()
@@ -44,3 +51,5 @@ class PrepareConfig(Section):
     """Packed rows in a shard."""
     validation_share: Share = 0.02
     """Share of packed rows kept for validation loss."""
+    mixture: MixtureConfig | None = None
+    """How much of each domain the shards hold; every document once when not given."""

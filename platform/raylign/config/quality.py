@@ -20,3 +20,17 @@ class QualityConfig(Section):
     """Largest share of lines that repeat an earlier line."""
     max_mean_word_chars: float = Field(default=15.0, gt=0)
     """Longest mean word length."""
+
+
+class SignalsConfig(Section):
+    """What is measured of every document, once."""
+
+    language: bool = True
+    """Identify the language."""
+
+
+class PiiConfig(Section):
+    """Personal data that is replaced in the documents that are kept."""
+
+    mails: bool = False
+    """Replace e-mail addresses."""

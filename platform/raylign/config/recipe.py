@@ -10,6 +10,7 @@ from raylign.config.alignment import AlignConfig
 from raylign.config.corpus import PrepareConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.section import Section
+from raylign.config.synthesis import ClassifierConfig, SynthesiseConfig
 from raylign.config.tokenizer import TokenizerConfig
 from raylign.config.training import PretrainConfig, SftConfig
 
@@ -33,6 +34,8 @@ class Recipe(Section):
     ray: RayConfig = RayConfig()
     redo: str | None = None
     """Discard this stage and everything after it, and do them again."""
+    synthesise: SynthesiseConfig | None = None
+    classifier: ClassifierConfig | None = None
     prepare: PrepareConfig | None = None
     tokenizer: TokenizerConfig | None = None
     pretrain: PretrainConfig | None = None

@@ -1,7 +1,8 @@
-"""Reading documents back: the files of a corpus, and a sample of their texts."""
+"""A document as it is stored, and reading documents back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,23 @@ import pyarrow.parquet as pq
 import xxhash
 
 from raylign.config import UserError
+
+DOCUMENTS = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("source", pa.string()),
+        ("domain", pa.string()),
+        ("origin", pa.string()),
+        ("url", pa.string()),
+        ("date", pa.string()),
+        ("meta", pa.string()),
+        ("text", pa.large_string()),
+    ]
+)
+"""`doc_id`: 32 hexadecimal digits that depend on the place alone; `source`: label of the source;
+`domain`: what the mixture weighs (the source's label when it names none); `origin`: file and offset
+in words; `url` and `date` (ISO 8601): null when unknown; `meta`: JSON object of further columns, or
+null; `text`: clean and never null."""
 
 
 def list_document_files(directory: Path, key: str) -> list[Path]:
@@ -31,14 +49,37 @@ def list_document_files(directory: Path, key: str) -> list[Path]:
     return files
 
 
-def read_table(file: Path) -> pa.Table:
-    """`doc_id` and `text` of one file; documents without an id are known by file and row."""
-    columns = [n for n in ("doc_id", "text") if n in pq.read_schema(file).names]
-    table = pq.read_table(file, columns=columns)
-    if "doc_id" not in columns:
-        ids = pa.array([f"{file.name}#{row}" for row in range(table.num_rows)], pa.string())
-        table = table.append_column("doc_id", ids)
-    return table
+def read_batches(file: Path, columns: list[str], rows: int = 8192) -> Iterator[pa.Table]:
+    """Tables of at most `rows` rows, in order; memory does not grow with the file.
+
+    Of the columns, `doc_id` and `domain` may be absent: documents are then known by file and row,
+    and belong to the domain "documents".
+    """
+    reader = pq.ParquetFile(file)
+    present = [name for name in columns if name in reader.schema_arrow.names]
+    start = 0
+    for batch in reader.iter_batches(rows, columns=present):
+        table = pa.Table.from_batches([batch])
+        for name in columns:
+            if name in present:
+                continue
+            if name == "doc_id":
+                values = [f"{file.name}#{row}" for row in range(start, start + len(batch))]
+            elif name == "domain":
+                values = ["documents"] * len(batch)
+            else:
+                raise KeyError(f"{file} has no column {name!r}")
+            table = table.append_column(name, pa.array(values, pa.string()))
+        start += len(batch)
+        yield table.select(columns)
+
+
+def read_table(file: Path, columns: tuple[str, ...] = ("doc_id", "text")) -> pa.Table:
+    """`read_batches`, as one table."""
+    tables = list(read_batches(file, list(columns)))
+    if tables:
+        return pa.concat_tables(tables)
+    return pa.table({name: pa.array([], DOCUMENTS.field(name).type) for name in columns})
 
 
 def shuffle_key(doc_id: str, seed: int) -> int:
@@ -50,10 +91,9 @@ def sample_texts(files: list[Path], count: int, seed: int) -> list[str]:
     """At most `count` texts, chosen and ordered by `shuffle_key`."""
     chosen: list[tuple[int, str, str]] = []
     for file in files:
-        table = read_table(file)
-        for doc_id, text in zip(
-            table["doc_id"].to_pylist(), table["text"].to_pylist(), strict=True
-        ):
-            chosen.append((shuffle_key(doc_id, seed), doc_id, text or ""))
-        chosen = sorted(chosen)[:count]
+        for table in read_batches(file, ["doc_id", "text"]):
+            ids, texts = table["doc_id"].to_pylist(), table["text"].to_pylist()
+            for doc_id, text in zip(ids, texts, strict=True):
+                chosen.append((shuffle_key(doc_id, seed), doc_id, text or ""))
+            chosen = sorted(chosen)[:count]
     return [text for _, _, text in chosen]

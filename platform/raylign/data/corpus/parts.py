@@ -1,0 +1,129 @@
+"""A pass over many parts on Ray Data, each part whole or absent, and never done twice.
+
+A part is a row of plain values with a `number`. Its worker writes the part's files and then, last
+and by rename, `done/PASS-NUMBER.json`: what was made, with size and hash. A pass that was killed at
+any moment, driver or worker, therefore continues after the parts that have such a file. What a part
+makes may depend on its row and on files of earlier stages alone, so a part done again has the same
+bytes, wherever and whenever that is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from raylign.config import UserError
+from raylign.run import hash_file, hash_json, write_json
+from raylign.tracking import ProgressBoard
+
+DONE = "done"
+
+Work = Callable[[dict[str, Any], Path], Mapping[str, Any]]
+"""(row, directory) to what is worth knowing; `files` among it names the files that were written,
+relative to the directory."""
+
+
+def run_parts(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    work: Work,
+    directory: Path,
+    board: ProgressBoard,
+    unit: str = "part",
+    size: str | None = None,
+) -> list[dict[str, Any]]:
+    """Do `work` for every row that is not done yet; what every part reported, in order of number.
+
+    `work` must be picklable (a function of a module, or a `partial` of one), and each row JSON with
+    an integer `number`. Reports also hold `seconds` and, for every file, `size` and `sha256`. The
+    bar counts parts, and beside them the sum of a report's `size`.
+    """
+    (directory / DONE).mkdir(parents=True, exist_ok=True)
+    reports: dict[int, dict[str, Any]] = {}
+    pending: list[Mapping[str, Any]] = []
+    for row in rows:
+        report = _read_report(_report_file(directory, name, row["number"]), hash_json(row))
+        if report is None:
+            pending.append(row)
+        else:
+            reports[row["number"]] = report
+    total = sum(int(report[size]) for report in reports.values()) if size else 0
+    with board.bar(name, len(rows), unit) as bar:
+        bar.update(len(reports), note=f"{total:,} {size}" if size else "")
+        for number in _stream(name, pending, work, directory):
+            report = json.loads(_report_file(directory, name, number).read_text(encoding="utf-8"))
+            reports[number] = report
+            total += int(report[size]) if size else 0
+            bar.update(len(reports), note=f"{total:,} {size}" if size else "")
+    return [reports[row["number"]] for row in rows]
+
+
+def _stream(name: str, rows: Sequence[Mapping[str, Any]], work: Work, directory: Path) -> Any:
+    """Numbers of the parts, as they are done."""
+    if not rows:
+        return
+    _quiet()
+    items = [{"number": row["number"], "row": json.dumps(row)} for row in rows]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        partial(_do, name=name, work=work, directory=str(directory)),
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    for row in dataset.iter_rows():
+        yield row["number"]
+
+
+def _do(rows: pa.Table, name: str, work: Work, directory: str) -> pa.Table:
+    """Runs in a worker."""
+    root = Path(directory)
+    for row in map(json.loads, rows["row"].to_pylist()):
+        started = time.monotonic()
+        try:
+            report = dict(work(row, root))
+            files = {
+                file: {"size": (root / file).stat().st_size, "sha256": hash_file(root / file)}
+                for file in report.get("files", ())
+            }
+            seconds = round(time.monotonic() - started, 3)
+            report |= {"key": hash_json(row), "files": files, "seconds": seconds}
+            write_json(_report_file(root, name, row["number"]), report)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"no space left for {root} ({error.strerror}); free some and run again: "
+                    "finished parts are kept"
+                ) from None
+            raise
+    return rows.select(["number"])
+
+
+def _report_file(directory: Path, name: str, number: int) -> Path:
+    return directory / DONE / f"{name}-{number:06d}.json"
+
+
+def _read_report(file: Path, key: str) -> dict[str, Any] | None:
+    """The report of a finished part, unless it was made from another row."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return report if report.get("key") == key else None
+
+
+def _quiet() -> None:
+    """Ray Data's own bars and plans stay in its log file; the board shows progress."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.get_name() == "console":
+            handler.setLevel(logging.ERROR)
