@@ -18,7 +18,22 @@ from raylign.runtime import configure, connect, disconnect, in_submitted_job
 from raylign.tracking import ProgressBoard
 
 # Every stage a run can hold, in the order of the journey.
-STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "align", "evaluate", "report")
+STAGES = (
+    "synthetic",
+    "documents",
+    "classifier",
+    "signals",
+    "signatures",
+    "corpus",
+    "tokenizer",
+    "shards",
+    "data_report",
+    "pretrain",
+    "sft",
+    "align",
+    "evaluate",
+    "report",
+)
 
 T = TypeVar("T", bound=Section)
 Job = Callable[[Recipe, Run, ProgressBoard], None]
@@ -98,10 +113,11 @@ def perform(
     parents: Mapping[str, str],
     board: ProgressBoard,
     build: Callable[[Draft], None],
+    resume: bool = False,
 ) -> Stage:
     """Build stage `name` on Ray, or find it finished with the same settings and parents.
 
-    Raises `UserError` when it is finished with others: nothing is overwritten unasked.
+    With `resume`, a stage that was interrupted continues with what it had finished. Raises `UserError` when it is finished with others: nothing is overwritten unasked.
     """
     done = run.find(name)
     if done is not None:
@@ -113,7 +129,7 @@ def perform(
             f"choose another run=..., or redo={name} to discard it and what follows"
         )
     connect()
-    with run.write(name, settings, parents) as draft:
+    with run.write(name, settings, parents, resume) as draft:
         build(draft)
     finished = run.require(name, name)
     board.say(f"[green]✓[/] {name}: done in {finished.manifest.seconds:.0f} s ({finished.path})")

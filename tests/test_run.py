@@ -211,3 +211,39 @@ def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
         write_json(file, (loop := {}) | {"loop": [loop.setdefault("me", loop)]})
     assert json.loads(file.read_text()) == {"a": 1}
     assert hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
+
+
+def test_a_resumable_stage_keeps_what_it_had(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with (
+        pytest.raises(RuntimeError, match="in the middle"),
+        run.write("s", {"a": 1}, {}, resume=True) as draft,
+    ):
+        (draft.path / "first").write_text("1")
+        (draft.path / ".work").mkdir()
+        (draft.path / ".work" / "state").write_text("x")
+        raise RuntimeError("in the middle")
+    assert run.find("s") is None
+    with run.write("s", {"a": 1}, {}, resume=True) as draft:
+        assert (draft.path / "first").read_text() == "1"
+        assert (draft.path / ".work" / "state").read_text() == "x"
+        (draft.path / "second").write_text("2")
+        draft.hashes["second"] = "given"
+    stage = run.find("s")
+    assert stage is not None
+    assert set(stage.manifest.files) == {"first", "second"}
+    assert stage.manifest.files["second"]["sha256"] == "given"
+    assert {file.name for file in stage.path.iterdir()} == {"first", "second", "manifest.json"}
+
+
+@pytest.mark.parametrize("second", [{"a": 2}, None])
+def test_another_intent_starts_from_nothing(tmp_path: Path, second: dict[str, int] | None) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(KeyError), run.write("s", {"a": 1}, {}, resume=True) as draft:
+        (draft.path / "first").write_text("1")
+        raise KeyError
+    with run.write("s", second or {"a": 1}, {}, resume=second is not None) as draft:
+        assert not (draft.path / "first").exists()
+        (draft.path / "other").write_text("2")
+    stage = run.find("s")
+    assert stage is not None and set(stage.manifest.files) == {"other"}

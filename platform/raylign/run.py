@@ -23,6 +23,8 @@ from typing import Any
 from raylign.config import UserError
 
 MANIFEST = "manifest.json"
+# What a resumable stage in the making was begun with.
+INTENT = ".intent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Draft:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.summary: dict[str, Any] = {}
+        self.hashes: dict[str, str] = {}
+        """sha256 of files that were hashed where they were written; the others are read again."""
 
 
 class Run:
@@ -82,9 +86,17 @@ class Run:
 
     @contextmanager
     def write(
-        self, name: str, settings: Mapping[str, Any], parents: Mapping[str, str]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, str],
+        resume: bool = False,
     ) -> Iterator[Draft]:
         """Build a stage; it appears whole when the block ends, and not at all when it raises.
+
+        Files and directories with a name that begins with a dot are not part of it, and go.
+        With `resume`, what an earlier attempt with the same settings and parents left behind is
+        still there, and stays when this one fails: the block continues after it.
 
         Raises `UserError` when something that is not a stage has its name, another process is
         building it, or the run directory cannot be written.
@@ -96,12 +108,13 @@ class Run:
             )
         draft = Draft(self.root / f".{name}.partial")
         started = time.monotonic()
-        with _claim(draft.path):
+        with _claim(draft.path, fingerprint(settings, parents) if resume else None):
             try:
                 yield draft
                 self._commit(name, draft, settings, parents, time.monotonic() - started)
             finally:
-                shutil.rmtree(draft.path, ignore_errors=True)
+                if not resume:
+                    shutil.rmtree(draft.path, ignore_errors=True)
 
     def _commit(
         self,
@@ -114,10 +127,10 @@ class Run:
         files = {
             str(file.relative_to(draft.path)): {
                 "size": file.stat().st_size,
-                "sha256": hash_file(file),
+                "sha256": draft.hashes.get(str(file.relative_to(draft.path))) or hash_file(file),
             }
             for file in sorted(draft.path.rglob("*"))
-            if file.is_file()
+            if file.is_file() and not _is_hidden(file, draft.path)
         }
         manifest = Manifest(
             stage=name,
@@ -132,10 +145,14 @@ class Run:
         body = {slot: getattr(manifest, slot) for slot in Manifest.__slots__}
         write_json(draft.path / MANIFEST, body)
         for file in (*draft.path.rglob("*"), draft.path):
-            _sync(file)
+            if not _is_hidden(file, draft.path):
+                _sync(file)
         self.discard(name)
         os.rename(draft.path, self.root / name)
         _sync(self.root)
+        # Only now: were it killed before, a rerun would still find what had been done.
+        for file in (self.root / name).glob(".*"):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def discard(self, name: str) -> None:
         """Remove a stage, finished or damaged; it leaves its name before its files go."""
@@ -207,8 +224,11 @@ def write_json(file: Path, value: Any) -> None:
 
 
 @contextmanager
-def _claim(directory: Path) -> Iterator[None]:
-    """Make or empty a directory and lock it; the lock dies with its holder, however that ends."""
+def _claim(directory: Path, intent: str | None) -> Iterator[None]:
+    """Make a directory and lock it; the lock dies with its holder, however that ends.
+
+    What it holds is removed, unless it was begun with the same `intent`.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -223,14 +243,26 @@ def _claim(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is building {directory}; wait for it, or choose another run=..."
             ) from None
-        for leftover in directory.iterdir():
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+        mark = directory / INTENT
+        if intent is None or not mark.is_file() or mark.read_text(encoding="utf-8") != intent:
+            _empty(directory)
+            if intent is not None:
+                mark.write_text(intent, encoding="utf-8")
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _empty(directory: Path) -> None:
+    for leftover in directory.iterdir():
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _sync(path: Path) -> None:

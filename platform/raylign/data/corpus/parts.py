@@ -1,7 +1,7 @@
 """A pass over many parts on Ray Data, each part whole or absent, and never done twice.
 
 A part is a row of plain values with a `number`. Its worker writes the part's files and then, last
-and by rename, `done/PASS-NUMBER.json`: what was made, with size and hash. A pass that was killed at
+and by rename, `.done/PASS-NUMBER.json`: what was made, with size and hash. A pass that was killed at
 any moment, driver or worker, therefore continues after the parts that have such a file. What a part
 makes may depend on its row and on files of earlier stages alone, so a part done again has the same
 bytes, wherever and whenever that is.
@@ -26,7 +26,7 @@ from raylign.config import UserError
 from raylign.run import hash_file, hash_json, write_json
 from raylign.tracking import ProgressBoard
 
-DONE = "done"
+DONE = ".done"
 
 Work = Callable[[dict[str, Any], Path], Mapping[str, Any]]
 """(row, directory) to what is worth knowing; `files` among it names the files that were written,
