@@ -12,19 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.entry import main, perform, section
+from jobs.shards import SHARD_KEYS, build_shards
 from jobs.tokenizer import build_tokenizer
 from raylign.config import PrepareConfig, Recipe, UserError
 from raylign.data.corpus.pipeline import build_corpus as write_corpus
-from raylign.data.documents import list_document_files
-from raylign.data.shards.pack import Vocabulary, pack_corpus
 from raylign.data.sources.slices import plan_slices
-from raylign.models.loading import load_tokenizer, pad_id
 from raylign.run import Draft, Run, Stage, content_hash
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
-
-# What the corpus does not depend on: changing it leaves a finished corpus valid.
-SHARD_KEYS = {"tokenizer", "sequence_length", "shard_rows", "validation_share"}
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -63,42 +58,6 @@ def build_corpus(recipe: Recipe, run: Run, board: ProgressBoard) -> Stage:
         )
 
     return perform(run, "corpus", settings, parents, board, build)
-
-
-def build_shards(
-    recipe: Recipe, run: Run, board: ProgressBoard, tokenizer: Path, content: str
-) -> Stage:
-    """The `shards` stage, with the tokenizer in a directory and its content hash."""
-    config = section(recipe, "prepare", PrepareConfig)
-    corpus = run.require("corpus", "prepare")
-    parents = {"corpus": corpus.manifest.content, "tokenizer": content}
-
-    def build(draft: Draft) -> None:
-        loaded = load_tokenizer(tokenizer)
-        vocabulary = Vocabulary(
-            directory=tokenizer,
-            content=content,
-            size=len(loaded),
-            eos=loaded.eos_token_id,
-            pad=pad_id(loaded),
-        )
-        summary = pack_corpus(
-            list_document_files(corpus.path, "prepare"),
-            vocabulary,
-            config.sequence_length,
-            config.shard_rows,
-            config.validation_share,
-            derive_seed(recipe.seed, "shards"),
-            draft.path,
-            board,
-        )
-        draft.summary.update(summary)
-
-    settings = {
-        "prepare": config.model_dump(mode="json", include=SHARD_KEYS - {"tokenizer"}),
-        "seed": recipe.seed,
-    }
-    return perform(run, "shards", settings, parents, board, build)
 
 
 if __name__ == "__main__":

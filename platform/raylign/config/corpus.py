@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -49,7 +50,10 @@ class PrepareConfig(Section):
     """Tokens in a packed row."""
     shard_rows: Count = 2048
     """Packed rows in a shard."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """`concatenate`: one stream, cut where a row is full; `best_fit`: no document is cut that fits
+    a row, and the room that is left is padding."""
     validation_share: Share = 0.02
-    """Share of packed rows kept for validation loss."""
+    """Share of the tokens kept for validation loss, in whole documents."""
     mixture: MixtureConfig | None = None
     """How much of each domain the shards hold; every document once when not given."""
