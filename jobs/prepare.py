@@ -8,7 +8,6 @@ trains the `tokenizer` stage, unless the recipe names a tokenizer.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from jobs.entry import main, perform, section
