@@ -58,4 +58,4 @@ def test_every_reason_names_a_key() -> None:
         max_mean_word_chars=0.5,
     )
     assert list_reasons(measure("!\n!"), worst) == list(KEYS)
-    assert set(KEYS.values()) == set(QualityConfig.model_fields)
+    assert set(KEYS.values()) <= set(QualityConfig.model_fields)
