@@ -1,7 +1,8 @@
 """Finding evaluation items in documents by n-gram overlap.
 
-An item shorter than the n-gram is matched whole, word for word; a longer one matches wherever a
-document shares any n-gram with it (13 words: Brown et al. 2020, appendix C). Words are those of
+An item shorter than the n-gram is matched whole, word for word; a longer one by the n-grams that a
+document shares with it (13 words: Brown et al. 2020, appendix C). One of them is enough, or they
+must cover a share of the item's words (`Item.min_coverage`). Words are those of
 `raylign.data.words`, so `7 + 3` is not found inside `17 + 35`, `7 + 39` or `7 + 3.5`.
 """
 
@@ -11,14 +12,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numba as nb
 import numpy as np
 import pyarrow as pa
 
+from raylign.data.decontamination import ngrams
 from raylign.data.textbook.arithmetic import Problem, list_phrasings
-from raylign.data.words import kernel, mix, split_words
+from raylign.data.words import Words, split_words
 
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
+HELD_OUT = "held_out"
+"""The task of the run's own held-out problems and texts."""
+
 _FEWEST_WORDS = 2
 
 # What other authors write; the textbook's own phrasings come from `list_phrasings`.
@@ -28,18 +31,59 @@ _SHORT_FORMS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A text that documents may not contain; an item of a task may have several."""
+
+    task: str
+    item: str
+    """Which of the task: file and row."""
+    text: str
+    min_words: int = _FEWEST_WORDS
+    """A text of fewer words is not looked for: it would match everywhere."""
+    min_coverage: float = 0.0
+    """A document holds the item when shared n-grams cover this share of the text's words; one
+    n-gram is always needed."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Index:
-    """Hashes of everything that may not occur; small enough to travel to every worker."""
+    """Everything that may not occur; small enough to travel to every worker."""
 
     lengths: np.ndarray
-    """int64: the distinct n-gram lengths, ascending."""
-    table: np.ndarray
-    """uint64: open-addressing hash table, a power of two in size; 0 is a free place."""
+    """int64 [L]: the distinct n-gram lengths, ascending."""
+    powers: np.ndarray
+    """uint64 [L]"""
+    blocks: np.ndarray
+    """uint64: the Bloom filters of all lengths."""
+    firsts: np.ndarray
+    """int64 [L]: where the filter of each length begins."""
+    shifts: np.ndarray
+    """uint64 [L]: from a polynomial to its block."""
+    keys: np.ndarray
+    """uint64: open-addressing hash table of n-grams, a power of two in size; 0 is a free place."""
+    numbers: np.ndarray
+    """int32: the number of the n-gram in each place."""
+    bounds: np.ndarray
+    """int64 [E + 1]: n-gram e is in the texts owners[bounds[e]:bounds[e + 1]]."""
+    owners: np.ndarray
+    """int32: texts."""
+    places: np.ndarray
+    """int32: at which word of the text the n-gram begins."""
+    sizes: np.ndarray
+    """int64 [T]: words of each text."""
+    min_coverage: np.ndarray
+    """float64 [T]"""
+    items: np.ndarray
+    """int32 [T]: the item that each text belongs to."""
+    names: tuple[tuple[str, str], ...]
+    """Task and name of each item."""
     entries: int
-    """Different n-grams in the table."""
+    """Different n-grams in use."""
     ignored: int
-    """Items of fewer than two words, which would match everywhere."""
+    """Texts of too few words."""
+    unused: tuple[tuple[str, str], ...]
+    """Task and name of the items that have no other text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +96,26 @@ class Matches:
     """int64 [M]: first byte of the occurrence inside the document (UTF-8)."""
     ends: np.ndarray
     """int64 [M]: the byte after its last."""
+    words: np.ndarray
+    """int64 [M]: which word of the document is its first."""
+    lengths: np.ndarray
+    """int64 [M]: words."""
+    entries: np.ndarray
+    """int64 [M]: number of the n-gram."""
+    sizes: np.ndarray
+    """int64 [N]: words of each document."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """Which occurrences count, and for which texts; in order of document, text and place."""
+
+    matches: np.ndarray
+    """int64 [R]: number of the match; one of several texts is there several times."""
+    texts: np.ndarray
+    """int64 [R]"""
+    coverage: np.ndarray
+    """float64 [R]: share of the text's words that the document's matches cover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +126,83 @@ class Cleaned:
     removed: tuple[str, ...]
 
 
-def build_index(items: Iterable[str], ngram: int) -> Index:
-    """Index of evaluation `items` (texts)."""
-    words = split_words(list(items))
-    hashes: set[int] = set()
-    lengths: set[int] = set()
-    ignored = 0
-    for item in range(len(words.offsets) - 1):
-        own = words.of(item)
-        if len(own) < _FEWEST_WORDS:
-            ignored += 1
-            continue
-        length = min(len(own), ngram)
-        lengths.add(length)
-        hashes.update(_hash_ngrams(own, length).tolist())
-    capacity = 1 << max(4, (2 * len(hashes)).bit_length())
-    table = np.zeros(capacity, np.uint64)
-    _insert(np.array(sorted(hashes), np.uint64), table)
-    return Index(np.array(sorted(lengths), np.int64), table, len(hashes), ignored)
+def build_index(items: Iterable[Item | str], ngram: int) -> Index:
+    """Index of items; a bare text is one of `HELD_OUT`, named by its position."""
+    given = [
+        item if isinstance(item, Item) else Item(HELD_OUT, str(position), item)
+        for position, item in enumerate(items)
+    ]
+    numbers: dict[tuple[str, str], int] = {}
+    for item in given:
+        numbers.setdefault((item.task, item.item), len(numbers))
+    owners_of = np.array([numbers[item.task, item.item] for item in given], np.int32)
+    words = split_words([item.text for item in given])
+    sizes = np.diff(words.offsets)
+    floors = np.array([max(item.min_words, _FEWEST_WORDS) for item in given], np.int64)
+    used = sizes >= floors
+    widths = np.where(used, np.minimum(sizes, ngram), 0)
+    polynomials, hashes, texts, places = _list_ngrams(words, widths)
+    distinct, first, entry = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(entry, kind="stable")
+    lengths = np.unique(widths[used])
+    kinds = widths[texts[first]]
+    blocks, firsts, shifts = ngrams.build_filters(
+        [polynomials[first[kinds == length]] for length in lengths]
+    )
+    keys, places_of = ngrams.build_table(distinct)
+    alive = np.bincount(owners_of[used], minlength=len(numbers)) > 0
+    names = tuple(numbers)
+    return Index(
+        lengths=lengths,
+        powers=ngrams.list_powers(lengths),
+        blocks=blocks,
+        firsts=firsts,
+        shifts=shifts,
+        keys=keys,
+        numbers=places_of,
+        bounds=np.searchsorted(entry[order], np.arange(len(distinct) + 1)),
+        owners=texts[order],
+        places=places[order],
+        sizes=sizes,
+        min_coverage=np.array([item.min_coverage for item in given], np.float64),
+        items=owners_of,
+        names=names,
+        entries=len(distinct),
+        ignored=int(len(given) - used.sum()),
+        unused=tuple(name for name, lives in zip(names, alive, strict=True) if not lives),
+    )
+
+
+def _list_ngrams(
+    words: Words, widths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Polynomial, hash, text and first word of every n-gram of the texts with a width."""
+    sizes = np.diff(words.offsets)
+    room = int(np.where(widths > 0, sizes - widths + 1, 0).sum())
+    polynomials, hashes = np.empty(room, np.uint64), np.empty(room, np.uint64)
+    texts, places = np.empty(room, np.int32), np.empty(room, np.int32)
+    ngrams.hash_items(words.hashes, words.offsets, widths, polynomials, hashes, texts, places)
+    return polynomials, hashes, texts, places
+
+
+def drop_common(index: Index, documents: np.ndarray, most: int) -> Index:
+    """`index` without the n-grams of evaluation sets that more than `most` documents contain.
+
+    `documents` is the sum of `count_documents` over the corpus. Brown et al. (2020, appendix C)
+    ignored 13-grams of more than 10 documents, most of them common phrases and legal boilerplate.
+    What is `HELD_OUT` stays: short problems recur, and none of them may.
+    """
+    entry = np.repeat(np.arange(len(index.bounds) - 1), np.diff(index.bounds))
+    own = np.array([task == HELD_OUT for task, _ in index.names], bool)
+    stays = (documents[entry] <= most) | own[index.items[index.owners]]
+    left = np.bincount(entry[stays], minlength=len(index.bounds) - 1)
+    return replace(
+        index,
+        bounds=np.concatenate([[0], np.cumsum(left)]),
+        owners=index.owners[stays],
+        places=index.places[stays],
+        entries=int((left > 0).sum()),
+    )
 
 
 def list_needles(problems: Iterable[Problem]) -> list[str]:
@@ -106,42 +229,106 @@ def _exchange(phrases: Iterable[str], problem: Problem) -> list[str]:
     return [re.sub(r"\d+", lambda number: str(total - int(number[0])), p) for p in phrases]
 
 
-def find_matches(texts: pa.Array | pa.ChunkedArray | list[str], index: Index) -> Matches:
-    """Every occurrence of an indexed n-gram."""
+def find_matches(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index) -> Matches:
+    """Every occurrence of an indexed n-gram; a null counts as an empty text."""
+    if not isinstance(texts, pa.Array | pa.ChunkedArray | list):
+        texts = list(texts)
     words = split_words(texts)
-    room = max(16, len(words.hashes) // 8)
+    sizes = np.diff(words.offsets)
+    prefix = np.empty(int(sizes.max(initial=0)) + 1, np.uint64)
+    room = max(16, len(words.hashes) // 64)
     while True:
-        found = np.empty((room, 3), np.int64)
-        count = _search(
-            words.hashes, words.offsets, words.starts, words.ends, index.lengths, index.table, found
+        found = np.empty((room, 4), np.int64)
+        count = ngrams.search(
+            words.hashes,
+            words.offsets,
+            index.lengths,
+            index.powers,
+            index.blocks,
+            index.firsts,
+            index.shifts,
+            index.keys,
+            index.numbers,
+            prefix,
+            found,
         )
         if count <= room:
-            found = found[:count]
-            return Matches(found[:, 0], found[:, 1], found[:, 2])
+            break
         room = count
+    document, first, length, entry = found[:count].T
+    order = np.lexsort((length, first, document))
+    document, first, length, entry = (c[order] for c in (document, first, length, entry))
+    return Matches(
+        documents=document,
+        starts=words.starts[first],
+        ends=words.ends[first + length - 1],
+        words=first - words.offsets[document],
+        lengths=length,
+        entries=entry,
+        sizes=sizes,
+    )
 
 
-def overlapping(texts: Sequence[str], index: Index) -> list[int]:
+def count_documents(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index) -> np.ndarray:
+    """How many of `texts` contain each n-gram; int64 [E], to be summed over the corpus."""
+    matches = find_matches(texts, index)
+    pairs = np.unique(np.stack([matches.documents, matches.entries]), axis=1)
+    return np.bincount(pairs[1], minlength=len(index.bounds) - 1)
+
+
+def weigh(matches: Matches, index: Index) -> Evidence:
+    """The occurrences of those texts that a document covers enough of.
+
+    The coverage of a text is the share of its words that lie in any of its n-grams that the
+    document contains (Touvron et al. 2023, A.6; Lambert et al. 2024, section 3.2).
+    """
+    counts = np.diff(index.bounds)[matches.entries]
+    match = np.repeat(np.arange(len(matches.entries)), counts)
+    before = np.cumsum(counts) - counts
+    row = np.arange(len(match)) + (index.bounds[:-1][matches.entries] - before)[match]
+    text, place = index.owners[row].astype(np.int64), index.places[row].astype(np.int64)
+    order = np.lexsort((place, text, matches.documents[match]))
+    match, text, place = match[order], text[order], place[order]
+    document, length = matches.documents[match], matches.lengths[match]
+    starts = np.ones(len(match), bool)
+    starts[1:] = (np.diff(document) != 0) | (np.diff(text) != 0)
+    # A text's n-grams are all of one length: each adds what lies before the next one begins.
+    added = length.copy()
+    inner = np.flatnonzero(~starts)
+    added[inner - 1] = np.minimum(length[inner - 1], place[inner] - place[inner - 1])
+    group = np.cumsum(starts) - 1
+    covered = np.bincount(group, added)[group] if len(group) else np.empty(0)
+    coverage = covered / index.sizes[text]
+    enough = coverage >= index.min_coverage[text] - 1e-12
+    return Evidence(match[enough], text[enough], coverage[enough])
+
+
+def overlapping(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index) -> list[int]:
     """Positions of the texts that contain an indexed item."""
-    return np.unique(find_matches(list(texts), index).documents).tolist()
+    matches = find_matches(texts, index)
+    return np.unique(matches.documents[weigh(matches, index).matches]).tolist()
 
 
-def remove_lines(texts: Sequence[str], index: Index) -> dict[int, Cleaned]:
+def remove_lines(texts: Sequence[str], index: Index, window: int = 0) -> dict[int, Cleaned]:
     """The affected documents, by position, without every line that an occurrence touches.
 
-    Repeats until nothing is found: lines that become neighbours may spell an item together.
+    Lines within `window` bytes of an occurrence go too. Repeats until nothing is found: lines that
+    become neighbours may spell an item together.
     """
     cleaned: dict[int, Cleaned] = {}
     pending = dict(enumerate(texts))
     while pending:
         positions = list(pending)
         matches = find_matches(list(pending.values()), index)
+        counted = np.unique(weigh(matches, index).matches)
+        documents = matches.documents[counted]
+        starts, ends = matches.starts[counted] - window, matches.ends[counted] + window
         affected: dict[int, str] = {}
-        bounds = np.searchsorted(matches.documents, np.arange(len(positions) + 1))
-        for at in np.unique(matches.documents).tolist():
+        bounds = np.searchsorted(documents, np.arange(len(positions) + 1))
+        for at in np.unique(documents).tolist():
             spans = slice(bounds[at], bounds[at + 1])
             position = positions[at]
-            result = _cut_lines(pending[position], matches.starts[spans], matches.ends[spans])
+            result = _cut_lines(pending[position], starts[spans], ends[spans])
             before = cleaned[position].removed if position in cleaned else ()
             cleaned[position] = replace(result, removed=before + result.removed)
             affected[position] = result.text
@@ -152,67 +339,13 @@ def remove_lines(texts: Sequence[str], index: Index) -> dict[int, Cleaned]:
 def _cut_lines(text: str, starts: np.ndarray, ends: np.ndarray) -> Cleaned:
     """`text` without the lines that any byte span [start, end) touches."""
     lines = text.encode().split(b"\n")
-    firsts = np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])])
-    doomed = np.zeros(len(lines), bool)
-    for start, end in zip(starts, ends, strict=True):
-        first, last = np.searchsorted(firsts, [start, end - 1], side="right") - 1
-        doomed[first : last + 1] = True
+    firsts = np.cumsum([0] + [len(line) + 1 for line in lines[:-1]])
+    opened = np.searchsorted(firsts, np.maximum(starts, 0), side="right") - 1
+    closed = np.searchsorted(firsts, ends - 1, side="right")
+    steps = np.zeros(len(lines) + 1, np.int64)
+    np.add.at(steps, opened, 1)
+    np.add.at(steps, closed, -1)
+    doomed = np.cumsum(steps[:-1]) > 0
     kept = [line.decode() for line, gone in zip(lines, doomed, strict=True) if not gone]
     removed = tuple(line.decode() for line, gone in zip(lines, doomed, strict=True) if gone)
     return Cleaned("\n".join(kept).strip("\n"), removed)
-
-
-@nb.njit(inline="always")
-def _finish(value, length):
-    """Hash of an n-gram from its polynomial; never 0, which marks a free place of the table."""
-    return mix(value + np.uint64(length)) | np.uint64(1)
-
-
-@kernel
-def _hash_ngrams(words, length):
-    """Hash of every `length`-gram of one text; uint64 [len(words) - length + 1]."""
-    hashes = np.empty(max(0, len(words) - length + 1), np.uint64)
-    for i in range(len(hashes)):
-        value = np.uint64(0)
-        for j in range(length):
-            value = value * _PRIME + words[i + j]
-        hashes[i] = _finish(value, length)
-    return hashes
-
-
-@kernel
-def _insert(hashes, table):
-    mask = np.uint64(len(table) - 1)
-    for value in hashes:
-        place = (value >> np.uint64(20)) & mask
-        while table[place] != 0 and table[place] != value:
-            place = (place + np.uint64(1)) & mask
-        table[place] = value
-
-
-@kernel
-def _search(words, offsets, starts, ends, lengths, table, found):
-    """Write (document, first byte, last byte) triples; returns how many there are in all."""
-    mask = np.uint64(len(table) - 1)
-    count = 0
-    for document in range(len(offsets) - 1):
-        stop = offsets[document + 1]
-        for i in range(offsets[document], stop):
-            value, taken = np.uint64(0), 0
-            for length in lengths:
-                if i + length > stop:
-                    break
-                while taken < length:
-                    value = value * _PRIME + words[i + taken]
-                    taken += 1
-                needle = _finish(value, length)
-                place = (needle >> np.uint64(20)) & mask
-                while table[place] != 0 and table[place] != needle:
-                    place = (place + np.uint64(1)) & mask
-                if table[place] == needle:
-                    if count < len(found):
-                        found[count, 0] = document
-                        found[count, 1] = starts[i]
-                        found[count, 2] = ends[i + length - 1]
-                    count += 1
-    return count
