@@ -1,0 +1,200 @@
+"""What becomes of documents that hold evaluation items, and what was found, task by task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raylign.config import DecontaminateConfig
+from raylign.data.decontamination.index import (
+    Evidence,
+    Index,
+    Matches,
+    find_matches,
+    remove_lines,
+    weigh,
+)
+
+EXCERPT_BYTES = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An item that a document holds."""
+
+    task: str
+    item: str
+    excerpt: str
+    """The longest passage of the document that lies in n-grams of the item, cut to 300 bytes."""
+    item_coverage: float
+    """Share of the words of the item's text (the one covered best) that the document has."""
+    document_coverage: float
+    """Share of the document's words that lie in n-grams of the item."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of one document."""
+
+    text: str | None
+    """What is left; None when the document goes."""
+    removed: tuple[str, ...]
+    """The lines that go, where lines do and the document stays."""
+    hits: tuple[Hit, ...]
+    """Items found in the document as it was, in order of the index; never empty."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was found in one part of a corpus; `merge` adds parts up, in any order."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+    """Task to the names of its items that occurred, sorted."""
+    affected: dict[str, int] = field(default_factory=dict)
+    """Task to documents that held any of its items; a document counts for each of its tasks."""
+    removed: dict[str, int] = field(default_factory=dict)
+    """Task to those of them that went."""
+    documents_removed: int = 0
+    documents_shortened: int = 0
+    lines_removed: int = 0
+
+    def add(self, verdicts: Iterable[Verdict]) -> None:
+        """Count the affected documents of a batch."""
+        items = {task: set(names) for task, names in self.found.items()}
+        for verdict in verdicts:
+            for hit in verdict.hits:
+                items.setdefault(hit.task, set()).add(hit.item)
+            for task in sorted({hit.task for hit in verdict.hits}):
+                self.affected[task] = self.affected.get(task, 0) + 1
+                if verdict.text is None:
+                    self.removed[task] = self.removed.get(task, 0) + 1
+            self.documents_removed += verdict.text is None
+            self.documents_shortened += verdict.text is not None
+            self.lines_removed += len(verdict.removed)
+        self.found = {task: sorted(names) for task, names in sorted(items.items())}
+
+    def merge(self, other: Tally) -> None:
+        """Add another part."""
+        tasks = sorted({*self.found, *other.found})
+        both = ((task, {*self.found.get(task, ()), *other.found.get(task, ())}) for task in tasks)
+        self.found = {task: sorted(names) for task, names in both}
+        self.affected = dict(Counter(self.affected) + Counter(other.affected))
+        self.removed = dict(Counter(self.removed) + Counter(other.removed))
+        self.documents_removed += other.documents_removed
+        self.documents_shortened += other.documents_shortened
+        self.lines_removed += other.lines_removed
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `Tally(**value)` is the inverse."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def summarise(tally: Tally, index: Index) -> list[dict[str, Any]]:
+    """A row for each task of `index`, as in "12 of 1,319 items of gsm8k occur in 15 documents".
+
+    `items` counts all, of which `unused` have too few words to be looked for; `found` those that
+    occurred; `documents` held at least one, of which `removed` went.
+    """
+    items = Counter(task for task, _ in index.names)
+    unused = Counter(task for task, _ in index.unused)
+    return [
+        {
+            "task": task,
+            "items": count,
+            "unused": unused[task],
+            "found": len(tally.found.get(task, ())),
+            "documents": tally.affected.get(task, 0),
+            "removed": tally.removed.get(task, 0),
+        }
+        for task, count in sorted(items.items())
+    ]
+
+
+def decontaminate(
+    texts: Sequence[str] | pa.Array | pa.ChunkedArray, index: Index, config: DecontaminateConfig
+) -> dict[int, Verdict]:
+    """What becomes of the documents that hold an item, by position; the others are clean.
+
+    The thresholds are those in `index`. By `line`, every line that an occurrence touches (or comes
+    within `config.window` bytes of) goes, until nothing is found any more; a document that loses
+    more than half of its characters so goes altogether, as all do by `document`.
+    """
+    matches = find_matches(texts, index)
+    found = _list_hits(texts, matches, weigh(matches, index), index)
+    if config.granularity == "document":
+        return {position: Verdict(None, (), hits) for position, hits in found.items()}
+    positions = list(found)
+    originals = [_text_at(texts, position) for position in positions]
+    cleaned = remove_lines(originals, index, config.window)
+    verdicts = {}
+    for number, position in enumerate(positions):
+        rest = cleaned[number]
+        enough = 2 * len(rest.text) >= len(originals[number])
+        verdicts[position] = (
+            Verdict(rest.text, rest.removed, found[position])
+            if enough
+            else Verdict(None, (), found[position])
+        )
+    return verdicts
+
+
+def _list_hits(
+    texts: Sequence[str] | pa.Array | pa.ChunkedArray,
+    matches: Matches,
+    evidence: Evidence,
+    index: Index,
+) -> dict[int, tuple[Hit, ...]]:
+    """The hits of each affected document."""
+    documents = matches.documents[evidence.matches]
+    items = index.items[evidence.texts]
+    order = np.lexsort((evidence.matches, items, documents))
+    documents, items = documents[order], items[order]
+    rows, coverage = evidence.matches[order], evidence.coverage[order]
+    edges = np.flatnonzero((np.diff(documents) != 0) | (np.diff(items) != 0)) + 1
+    hits: dict[int, list[Hit]] = {}
+    body, opened = b"", -1
+    for first, stop in zip([0, *edges], [*edges, len(rows)], strict=True):
+        if first == stop:
+            break
+        position, group = int(documents[first]), rows[first:stop]
+        if position != opened:
+            body, opened = _text_at(texts, position).encode(), position
+        covered, head, tail = _join(matches.words[group], matches.lengths[group])
+        excerpt = body[int(matches.starts[group][head]) : int(matches.ends[group][tail])]
+        task, name = index.names[items[first]]
+        hits.setdefault(position, []).append(
+            Hit(
+                task,
+                name,
+                excerpt[:EXCERPT_BYTES].decode(errors="ignore"),
+                float(coverage[first:stop].max()),
+                covered / int(matches.sizes[position]),
+            )
+        )
+    return {position: tuple(found) for position, found in hits.items()}
+
+
+def _join(firsts: np.ndarray, lengths: np.ndarray) -> tuple[int, int, int]:
+    """(words covered, first and last row of the longest run) of n-grams in order of first word."""
+    covered, longest, best = 0, 0, (0, 0)
+    begin = end = -1
+    head = tail = 0
+    for row, (first, length) in enumerate(zip(firsts.tolist(), lengths.tolist(), strict=True)):
+        if first > end:
+            begin, head, end = first, row, first
+        if first + length > end:
+            covered += first + length - end
+            end, tail = first + length, row
+        if end - begin > longest:
+            longest, best = end - begin, (head, tail)
+    return covered, *best
+
+
+def _text_at(texts: Sequence[str] | pa.Array | pa.ChunkedArray, position: int) -> str:
+    value = texts[position]
+    return value if isinstance(value, str) else value.as_py()
