@@ -339,8 +339,9 @@ def remove_lines(texts: Sequence[str], index: Index, window: int = 0) -> dict[in
 def _cut_lines(text: str, starts: np.ndarray, ends: np.ndarray) -> Cleaned:
     """`text` without the lines that any byte span [start, end) touches."""
     lines = text.encode().split(b"\n")
-    firsts = np.cumsum([0] + [len(line) + 1 for line in lines[:-1]])
-    opened = np.searchsorted(firsts, np.maximum(starts, 0), side="right") - 1
+    sizes = np.array([len(line) for line in lines])
+    firsts = np.cumsum(sizes + 1) - sizes - 1
+    opened = np.searchsorted(firsts + sizes, np.maximum(starts, 0), side="right")
     closed = np.searchsorted(firsts, ends - 1, side="right")
     steps = np.zeros(len(lines) + 1, np.int64)
     np.add.at(steps, opened, 1)
