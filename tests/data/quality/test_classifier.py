@@ -17,8 +17,19 @@ from raylign.data.quality.classifier import CARD, WEIGHTS, Classifier, _features
 from raylign.data.words import mix, split_words
 
 SMALL = FitConfig(bits=12)
-GOOD = "theorem proof explain because therefore example lesson energy cell history".split()
-BAD = "click buy cheap login subscribe offer casino sale cart winner".split()
+GOOD = [
+    "theorem",
+    "proof",
+    "explain",
+    "because",
+    "therefore",
+    "example",
+    "lesson",
+    "energy",
+    "cell",
+    "history",
+]
+BAD = ["click", "buy", "cheap", "login", "subscribe", "offer", "casino", "sale", "cart", "winner"]
 FILLER = [f"word{n}" for n in range(60)]
 
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ _ROWS = 1024
 # Counts above this weigh no more; 1 + ln(1023) is 7.9.
 _MAX_COUNT = 1024
 
-Texts = list[str] | pa.Array | pa.ChunkedArray
+Texts: TypeAlias = "list[str] | pa.Array | pa.ChunkedArray"
 
 _loaded: dict[tuple[Path, str], Classifier] = {}
 
