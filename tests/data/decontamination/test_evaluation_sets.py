@@ -30,15 +30,21 @@ def write_rows(file: Path, *rows: Any) -> Path:
     return file
 
 
+def test_texts_are_cleaned_as_documents_are(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"question": "a\\u00a0b\\r\\nu\\u0308 \\ud800 end "}\n')
+    assert load_texts("gsm8k", file) == [("x.jsonl#0", "a b\nü ? end")]
+
+
 def test_jsonl_plain_and_gzipped(tmp_path: Path) -> None:
     rows = [{"question": "one\u2028two", "answer": "a"}, {"question": "ü", "answer": ""}]
     file = write_rows(tmp_path / "test.jsonl", *rows)
-    assert load_texts("gsm8k", file) == [("test.jsonl#0", "one\u2028two"), ("test.jsonl#1", "ü")]
+    assert load_texts("gsm8k", file) == [("test.jsonl#0", "one\ntwo"), ("test.jsonl#1", "ü")]
     packed = tmp_path / "test.jsonl.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
-    assert [text for _, text in load_texts("gsm8k", packed)] == ["one\u2028two", "ü"]
+    assert [text for _, text in load_texts("gsm8k", packed)] == ["one\ntwo", "ü"]
     both = load_texts("gsm8k", file, texts="both")
-    assert [text for _, text in both] == ["one\u2028two", "a", "ü"]
+    assert [text for _, text in both] == ["one\ntwo", "a", "ü"]
     assert [text for _, text in load_texts("gsm8k", file, columns=("answer",))] == ["a"]
 
 
@@ -68,7 +74,7 @@ def test_mmlu_with_and_without_header(tmp_path: Path) -> None:
         asked = load_texts("mmlu", tmp_path / folder)
         assert asked == [("a_test.csv#0", 'Who, said "no"?'), ("a_test.csv#1", "Second?")]
         offered = load_texts("mmlu_anatomy", tmp_path / folder, texts="answer")
-        assert [text for _, text in offered] == ["x", "2", "z\u0085y", "w", "a", "b", "c", "d"]
+        assert [text for _, text in offered] == ["x", "2", "z\ny", "w", "a", "b", "c", "d"]
     assert load_texts("own", tmp_path / "bare", columns=("1",))[0] == ("a_test.csv#0", "x")
 
 

@@ -24,6 +24,7 @@ from raylign.data.decontamination.columns import (
     list_texts,
 )
 from raylign.data.decontamination.index import HELD_OUT, Item
+from raylign.data.extraction.text import clean_text
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 
@@ -33,8 +34,9 @@ Row = dict[str, Any]
 def load_items(config: DecontaminateConfig, key: str = "prepare.decontaminate") -> list[Item]:
     """Every text of every evaluation set; an item is `file#row`, rows counted from 0.
 
-    `key` is where `config` stands in the recipe, for messages. Raises `UserError` for a path that
-    is missing or holds no items, a file that cannot be read, and columns that are not there.
+    Texts are cleaned as documents are, so that a no-break blank does not hide an item. `key` is
+    where `config` stands in the recipe, for messages. Raises `UserError` for a path that is
+    missing or holds no items, a file that cannot be read, and columns that are not there.
     """
     min_coverage = config.min_coverage if config.method == "coverage" else 0.0
     items: list[Item] = []
@@ -52,13 +54,18 @@ def load_items(config: DecontaminateConfig, key: str = "prepare.decontaminate") 
             )
         places[chosen.task] = place
         found = [
-            Item(chosen.task, item, text, config.min_words, min_coverage)
+            Item(chosen.task, item, _clean(text), config.min_words, min_coverage)
             for item, text in _read_set(chosen, place)
         ]
         if not found:
             raise UserError(f"{place}.path={chosen.path}: holds no items; correct the path")
         items += found
     return items
+
+
+def _clean(text: str) -> str:
+    # JSON can smuggle in lone surrogates; documents that have any are not read at all.
+    return clean_text(text.encode(errors="replace").decode())
 
 
 def _read_set(config: EvaluationSetConfig, place: str) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from raylign.data.decontamination import ngrams
+from raylign.data.decontamination.lines import Cleaned, cut_lines
 from raylign.data.textbook.arithmetic import Problem, list_phrasings
 from raylign.data.words import Words, split_words
 
@@ -23,6 +24,8 @@ HELD_OUT = "held_out"
 """The task of the run's own held-out problems and texts."""
 
 _FEWEST_WORDS = 2
+_ROWS_AT_ONCE = 1 << 20  # (n-gram, item) pairs: a page of a benchmark has many
+_TOLERANCE = 1e-12  # of shares, which are quotients of whole numbers
 
 # What other authors write; the textbook's own phrasings come from `list_phrasings`.
 _SHORT_FORMS = {
@@ -76,6 +79,8 @@ class Index:
     """float64 [T]"""
     items: np.ndarray
     """int32 [T]: the item that each text belongs to."""
+    tasks: np.ndarray
+    """int32 [T]: the task of each text."""
     names: tuple[tuple[str, str], ...]
     """Task and name of each item."""
     entries: int
@@ -108,22 +113,16 @@ class Matches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """Which occurrences count, and for which texts; in order of document, text and place."""
+    """Which occurrences count, and which texts the documents hold by them."""
 
+    counted: np.ndarray
+    """bool [M]: the matches of a text that its document covers enough of."""
     matches: np.ndarray
-    """int64 [R]: number of the match; one of several texts is there several times."""
+    """int64 [R]: a match, the first of its n-gram in its document."""
     texts: np.ndarray
-    """int64 [R]"""
+    """int64 [R]: a text that it is credited to; rows are in order of document and text."""
     coverage: np.ndarray
     """float64 [R]: share of the text's words that the document's matches cover."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cleaned:
-    """A document without the lines that held evaluation items."""
-
-    text: str
-    removed: tuple[str, ...]
 
 
 def build_index(items: Iterable[Item | str], ngram: int) -> Index:
@@ -152,6 +151,7 @@ def build_index(items: Iterable[Item | str], ngram: int) -> Index:
     keys, places_of = ngrams.build_table(distinct)
     alive = np.bincount(owners_of[used], minlength=len(numbers)) > 0
     names = tuple(numbers)
+    tasks = {task: number for number, task in enumerate(sorted({task for task, _ in names}))}
     return Index(
         lengths=lengths,
         powers=ngrams.list_powers(lengths),
@@ -166,6 +166,7 @@ def build_index(items: Iterable[Item | str], ngram: int) -> Index:
         sizes=sizes,
         min_coverage=np.array([item.min_coverage for item in given], np.float64),
         items=owners_of,
+        tasks=np.array([tasks[item.task] for item in given], np.int32),
         names=names,
         entries=len(distinct),
         ignored=int(len(given) - used.sum()),
@@ -280,33 +281,77 @@ def weigh(matches: Matches, index: Index) -> Evidence:
     """The occurrences of those texts that a document covers enough of.
 
     The coverage of a text is the share of its words that lie in any of its n-grams that the
-    document contains (Touvron et al. 2023, A.6; Lambert et al. 2024, section 3.2).
+    document contains (Touvron et al. 2023, A.6; Lambert et al. 2024, section 3.2). Items of a task
+    may share n-grams (the wording of a template): such a one is credited to the items that the
+    document covers most of, so that one question does not stand for hundreds like it.
     """
-    counts = np.diff(index.bounds)[matches.entries]
-    match = np.repeat(np.arange(len(matches.entries)), counts)
-    before = np.cumsum(counts) - counts
-    row = np.arange(len(match)) + (index.bounds[:-1][matches.entries] - before)[match]
+    sharers = index.bounds[matches.entries + 1] - index.bounds[matches.entries]
+    edges = np.searchsorted(matches.documents, np.arange(len(matches.sizes) + 1))
+    rows = np.concatenate([[0], np.cumsum(sharers)])[edges]
+    parts = [_weigh_part(matches, slice(0, 0), index)]
+    first = 0
+    while first < len(matches.sizes):
+        stop = int(np.searchsorted(rows, rows[first] + _ROWS_AT_ONCE, side="right")) - 1
+        stop = max(first + 1, stop)
+        if edges[stop] > edges[first]:
+            parts.append(_weigh_part(matches, slice(edges[first], edges[stop]), index))
+        first = stop
+    return Evidence(
+        np.concatenate([part.counted for part in parts]),
+        np.concatenate([part.matches for part in parts]),
+        np.concatenate([part.texts for part in parts]),
+        np.concatenate([part.coverage for part in parts]),
+    )
+
+
+def _weigh_part(matches: Matches, part: slice, index: Index) -> Evidence:
+    """Evidence from a slice of the matches: all of those in some of the documents."""
+    documents, entries = matches.documents[part], matches.entries[part]
+    pairs, match, pair_of = np.unique(
+        documents * len(index.bounds) + entries, return_index=True, return_inverse=True
+    )
+    pair, row = _expand(entries[match], index.bounds)
     text, place = index.owners[row].astype(np.int64), index.places[row].astype(np.int64)
-    order = np.lexsort((place, text, matches.documents[match]))
-    match, text, place = match[order], text[order], place[order]
-    document, length = matches.documents[match], matches.lengths[match]
-    starts = np.ones(len(match), bool)
-    starts[1:] = (np.diff(document) != 0) | (np.diff(text) != 0)
+    text += (documents[match] - documents[:1].sum())[pair] * len(index.sizes)
+    order = np.argsort(text * int(index.sizes.max(initial=1)) + place)
+    pair, text, place = pair[order], text[order], place[order]
+    length = matches.lengths[part][match[pair]]
+    fresh = np.ones(len(pair), bool)
+    fresh[1:] = np.diff(text) != 0
+    text %= len(index.sizes)
     # A text's n-grams are all of one length: each adds what lies before the next one begins.
     added = length.copy()
-    inner = np.flatnonzero(~starts)
+    inner = np.flatnonzero(~fresh)
     added[inner - 1] = np.minimum(length[inner - 1], place[inner] - place[inner - 1])
-    group = np.cumsum(starts) - 1
-    covered = np.bincount(group, added)[group] if len(group) else np.empty(0)
-    coverage = covered / index.sizes[text]
-    enough = coverage >= index.min_coverage[text] - 1e-12
-    return Evidence(match[enough], text[enough], coverage[enough])
+    group = np.cumsum(fresh) - 1
+    coverage = np.bincount(group, added)[group] / index.sizes[text] if len(group) else np.empty(0)
+    enough = coverage >= index.min_coverage[text] - _TOLERANCE
+    counts = np.zeros(len(pairs), bool)
+    counts[pair[enough]] = True
+    pair, text, group, coverage = pair[enough], text[enough], group[enough], coverage[enough]
+    tasks = int(index.tasks.max(initial=0)) + 1
+    rival = pair * tasks + index.tasks[text]
+    best = np.zeros(len(pairs) * tasks)
+    np.maximum.at(best, rival, coverage)
+    credited = np.zeros(int(group.max(initial=-1)) + 1, bool)
+    credited[group[coverage >= best[rival] - _TOLERANCE]] = True
+    stays = credited[group]
+    first = part.start + match[pair[stays]]
+    return Evidence(counts[pair_of], first, text[stays], coverage[stays])
+
+
+def _expand(entries: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(which of `entries`, row) for every row bounds[e]..bounds[e + 1] of every entry e."""
+    counts = bounds[entries + 1] - bounds[entries]
+    which = np.repeat(np.arange(len(entries)), counts)
+    before = np.cumsum(counts) - counts
+    return which, np.arange(len(which)) + (bounds[entries] - before)[which]
 
 
 def overlapping(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index) -> list[int]:
     """Positions of the texts that contain an indexed item."""
     matches = find_matches(texts, index)
-    return np.unique(matches.documents[weigh(matches, index).matches]).tolist()
+    return np.unique(matches.documents[weigh(matches, index).counted]).tolist()
 
 
 def remove_lines(texts: Sequence[str], index: Index, window: int = 0) -> dict[int, Cleaned]:
@@ -320,7 +365,7 @@ def remove_lines(texts: Sequence[str], index: Index, window: int = 0) -> dict[in
     while pending:
         positions = list(pending)
         matches = find_matches(list(pending.values()), index)
-        counted = np.unique(weigh(matches, index).matches)
+        counted = weigh(matches, index).counted
         documents = matches.documents[counted]
         starts, ends = matches.starts[counted] - window, matches.ends[counted] + window
         affected: dict[int, str] = {}
@@ -328,25 +373,9 @@ def remove_lines(texts: Sequence[str], index: Index, window: int = 0) -> dict[in
         for at in np.unique(documents).tolist():
             spans = slice(bounds[at], bounds[at + 1])
             position = positions[at]
-            result = _cut_lines(pending[position], starts[spans], ends[spans])
+            result = cut_lines(pending[position], starts[spans], ends[spans])
             before = cleaned[position].removed if position in cleaned else ()
             cleaned[position] = replace(result, removed=before + result.removed)
             affected[position] = result.text
         pending = affected
     return cleaned
-
-
-def _cut_lines(text: str, starts: np.ndarray, ends: np.ndarray) -> Cleaned:
-    """`text` without the lines that any byte span [start, end) touches."""
-    lines = text.encode().split(b"\n")
-    sizes = np.array([len(line) for line in lines])
-    firsts = np.cumsum(sizes + 1) - sizes - 1
-    opened = np.searchsorted(firsts + sizes, np.maximum(starts, 0), side="right")
-    closed = np.searchsorted(firsts, ends - 1, side="right")
-    steps = np.zeros(len(lines) + 1, np.int64)
-    np.add.at(steps, opened, 1)
-    np.add.at(steps, closed, -1)
-    doomed = np.cumsum(steps[:-1]) > 0
-    kept = [line.decode() for line, gone in zip(lines, doomed, strict=True) if not gone]
-    removed = tuple(line.decode() for line, gone in zip(lines, doomed, strict=True) if gone)
-    return Cleaned("\n".join(kept).strip("\n"), removed)

@@ -34,7 +34,7 @@ class Hit:
     item_coverage: float
     """Share of the words of the item's text (the one covered best) that the document has."""
     document_coverage: float
-    """Share of the document's words that lie in n-grams of the item."""
+    """Share of the document's words that lie in n-grams of this or any other item that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,7 @@ def _list_hits(
     documents, items = documents[order], items[order]
     rows, coverage = evidence.matches[order], evidence.coverage[order]
     edges = np.flatnonzero((np.diff(documents) != 0) | (np.diff(items) != 0)) + 1
+    shares = _cover(matches, evidence.counted) / np.maximum(matches.sizes, 1)
     hits: dict[int, list[Hit]] = {}
     body, opened = b"", -1
     for first, stop in zip([0, *edges], [*edges, len(rows)], strict=True):
@@ -164,35 +165,41 @@ def _list_hits(
         position, group = int(documents[first]), rows[first:stop]
         if position != opened:
             body, opened = _text_at(texts, position).encode(), position
-        covered, head, tail = _join(matches.words[group], matches.lengths[group])
-        excerpt = body[int(matches.starts[group][head]) : int(matches.ends[group][tail])]
+        start, end = _find_longest(matches.starts[group].tolist(), matches.ends[group].tolist())
         task, name = index.names[items[first]]
         hits.setdefault(position, []).append(
             Hit(
                 task,
                 name,
-                excerpt[:EXCERPT_BYTES].decode(errors="ignore"),
+                body[start:end][:EXCERPT_BYTES].decode(errors="ignore"),
                 float(coverage[first:stop].max()),
-                covered / int(matches.sizes[position]),
+                float(shares[position]),
             )
         )
     return {position: tuple(found) for position, found in hits.items()}
 
 
-def _join(firsts: np.ndarray, lengths: np.ndarray) -> tuple[int, int, int]:
-    """(words covered, first and last row of the longest run) of n-grams in order of first word."""
-    covered, longest, best = 0, 0, (0, 0)
-    begin = end = -1
-    head = tail = 0
-    for row, (first, length) in enumerate(zip(firsts.tolist(), lengths.tolist(), strict=True)):
-        if first > end:
-            begin, head, end = first, row, first
-        if first + length > end:
-            covered += first + length - end
-            end, tail = first + length, row
-        if end - begin > longest:
-            longest, best = end - begin, (head, tail)
-    return covered, *best
+def _cover(matches: Matches, counted: np.ndarray) -> np.ndarray:
+    """Words of each document that lie in the matches that count; int64 [N]."""
+    document, length = matches.documents[counted], matches.lengths[counted]
+    # As if all documents were one: matches are in order of their first words.
+    start = (np.cumsum(matches.sizes) - matches.sizes)[document] + matches.words[counted]
+    reached = np.maximum.accumulate(start + length)
+    before = np.concatenate([[0], reached[:-1]])
+    new = np.maximum(0, start + length - np.maximum(start, before))
+    covered = np.zeros(len(matches.sizes), np.int64)
+    np.add.at(covered, document, new)
+    return covered
+
+
+def _find_longest(starts: list[int], ends: list[int]) -> tuple[int, int]:
+    """The longest stretch of overlapping or touching spans, which are in order of `starts`."""
+    best = begin, reached = starts[0], ends[0]
+    for start, end in zip(starts, ends, strict=True):
+        begin, reached = (start, end) if start > reached else (begin, max(reached, end))
+        if reached - begin > best[1] - best[0]:
+            best = begin, reached
+    return best
 
 
 def _text_at(texts: Sequence[str] | pa.Array | pa.ChunkedArray, position: int) -> str:
