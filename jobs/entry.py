@@ -39,11 +39,16 @@ T = TypeVar("T", bound=Section)
 Job = Callable[[Recipe, Run, ProgressBoard], None]
 
 
-def main(name: str, job: Job) -> NoReturn:
-    """Entry point of `python -m jobs.NAME`."""
+def main(name: str, job: Job, options: Mapping[str, Job] | None = None) -> NoReturn:
+    """Entry point of `python -m jobs.NAME`; an argument among `options` runs that instead."""
     arguments = sys.argv[1:]
+    for option, other in (options or {}).items():
+        if option in arguments:
+            arguments, job = [a for a in arguments if a != option], other
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stderr.write(f"usage: python -m jobs.{name} RECIPE.yaml [section.key=value ...]\n")
+        more = "".join(f" [{option}]" for option in options or {})
+        usage = f"usage: python -m jobs.{name} RECIPE.yaml [section.key=value ...]{more}\n"
+        sys.stderr.write(usage)
         raise SystemExit(0 if arguments else 2)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -117,7 +122,8 @@ def perform(
 ) -> Stage:
     """Build stage `name` on Ray, or find it finished with the same settings and parents.
 
-    With `resume`, a stage that was interrupted continues with what it had finished. Raises `UserError` when it is finished with others: nothing is overwritten unasked.
+    With `resume`, a stage that was interrupted continues with what it had finished. Raises
+    `UserError` when it is finished with others: nothing is overwritten unasked.
     """
     done = run.find(name)
     if done is not None:

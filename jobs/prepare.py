@@ -1,28 +1,43 @@
-"""Corpus and shards: `python -m jobs.prepare recipe.yaml [prepare.key=value ...]`.
+"""Corpus and shards: `python -m jobs.prepare recipe.yaml [prepare.key=value ...] [--check]`.
 
-Reads the sources, cleans, judges, removes duplicates and evaluation items, and writes the `corpus`
-stage; then lays the documents out as packed token rows in the `shards` stage. Between the two it
-trains the `tokenizer` stage, unless the recipe names a tokenizer.
+Reads the sources (`documents`), measures and signs every document (`signals`, `signatures`),
+decides what stays (`corpus`), trains a `tokenizer` unless the recipe names one, lays the documents
+out as packed token rows (`shards`), and shows all of it (`data_report`). An interrupted stage
+continues after its last finished part. With `--check` the sources are looked at, nothing is run.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from raylign.data.inspection import inspect, render
+
 from jobs.entry import main, perform, section
-from jobs.shards import SHARD_KEYS, build_shards
+from jobs.shards import build_shards
 from jobs.tokenizer import build_tokenizer
 from raylign.config import PrepareConfig, Recipe, UserError
+from raylign.data.corpus.features import measure_documents, sign_documents
+from raylign.data.corpus.ingest import read_documents
+from raylign.data.corpus.pipeline import Inputs, list_files
 from raylign.data.corpus.pipeline import build_corpus as write_corpus
-from raylign.data.sources.slices import plan_slices
-from raylign.run import Draft, Run, Stage, content_hash
+from raylign.data.sources.slices import identify_sources, label_sources, plan_slices
+from raylign.run import Draft, Run, Stage, content_hash, read_stage, write_json
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
 
+READING = "reading.json"
+"""Reports of the first pass, in the `documents` stage."""
+SIGNATURE_KEYS = {"ngram", "bands", "rows"}
+Reading = Sequence[Mapping[str, Any]]
+
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
-    """The `corpus`, `tokenizer` and `shards` stages."""
+    """All stages up to the shards."""
     config = section(recipe, "prepare", PrepareConfig)
     build_corpus(recipe, run, board)
     if config.tokenizer is None:
@@ -35,29 +50,185 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         build_shards(recipe, run, board, path, content_hash(path))
 
 
-def build_corpus(recipe: Recipe, run: Run, board: ProgressBoard) -> Stage:
-    """The `corpus` stage."""
+def check(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
+    """Look at the sources; nothing is written."""
     config = section(recipe, "prepare", PrepareConfig)
-    slices = plan_slices(config.sources, config.textbook)
-    settings: dict[str, Any] = {
-        "prepare": config.model_dump(mode="json", exclude=SHARD_KEYS),
-        "seed": recipe.seed,
+    sys.stdout.write(render(inspect(config)) + "\n")
+
+
+def build_corpus(recipe: Recipe, run: Run, board: ProgressBoard) -> Stage:
+    """The `corpus` stage, and those that it is made from."""
+    config = section(recipe, "prepare", PrepareConfig)
+    earlier = [_find_earlier(path, config) for path in config.dedup.against]
+    documents = build_documents(recipe, run, board)
+    reading = json.loads((documents.path / READING).read_text(encoding="utf-8"))
+    signals = build_signals(config, run, board, documents, reading)
+    signatures = build_signatures(config, run, board, documents, reading)
+    parents = {
+        stage.manifest.stage: stage.manifest.content for stage in (documents, signals, signatures)
     }
-    if any(source.kind in ("pydoc", "docstrings") for source in config.sources):
-        settings["python"] = sys.version.split()[0]  # its documentation is part of the corpus
-    parents = {str(s.path): content_hash(s.path) for s in config.sources if s.path is not None}
+    for path, (_, corpus) in zip(config.dedup.against, earlier, strict=True):
+        parents[str(path)] = corpus.manifest.content
+    for wanted in config.decontaminate.against:
+        parents[str(wanted.path)] = content_hash(wanted.path) if wanted.path.exists() else ""
+    settings = {"prepare": _select(config), "seed": recipe.seed}
+    inputs = _gather(config, documents, signals, signatures, reading, earlier)
 
     def build(draft: Draft) -> None:
         seed = derive_seed(recipe.seed, "corpus")
-        summary = write_corpus(slices, config, seed, draft.path, board)
+        summary = write_corpus(inputs, config, seed, draft.path, board)
         draft.summary.update(summary)
         board.say(
             f"  {summary['documents']:,} of {summary['read']:,} documents kept, "
             f"{summary['chars'] / 1e6:.1f} M characters"
         )
 
-    return perform(run, "corpus", settings, parents, board, build)
+    return perform(run, "corpus", settings, parents, board, build, resume=True)
+
+
+def build_documents(recipe: Recipe, run: Run, board: ProgressBoard) -> Stage:
+    """The `documents` stage: everything that the sources hold, as clean text."""
+    config = section(recipe, "prepare", PrepareConfig)
+    slices = plan_slices(config.sources, config.textbook)
+    sources = [source.model_dump(mode="json", exclude={"quality"}) for source in config.sources]
+    settings: dict[str, Any] = {
+        "prepare": {"sources": sources, "max_damaged_share": config.max_damaged_share},
+        "seed": recipe.seed,
+    }
+    if any(source.kind == "textbook" for source in config.sources):
+        settings["prepare"]["textbook"] = config.textbook.model_dump(mode="json")
+    if any(source.kind in ("pydoc", "docstrings") for source in config.sources):
+        settings["python"] = sys.version.split()[0]  # its documentation is part of the corpus
+
+    def build(draft: Draft) -> None:
+        seed = derive_seed(recipe.seed, "corpus")
+        reports = read_documents(slices, config, seed, draft.path, board)
+        rows = [
+            {name: r[name] for name in r if name not in ("key", "seconds", "files")}
+            for r in reports
+        ]
+        write_json(draft.path / READING, rows)
+        _finish(draft, reports, "read")
+        draft.summary["documents"] = sum(report["used"] for report in reports)
+        draft.summary["rejected"] = sum(sum(r["rejected"].values()) for r in reports)
+
+    return perform(
+        run, "documents", settings, identify_sources(config.sources), board, build, resume=True
+    )
+
+
+def build_signals(
+    config: PrepareConfig, run: Run, board: ProgressBoard, documents: Stage, reading: Reading
+) -> Stage:
+    """The `signals` stage: what is measured of every document."""
+    parents = {"documents": documents.manifest.content}
+    if config.signals.classifier is not None:
+        parents["classifier"] = content_hash(config.signals.classifier)
+
+    def build(draft: Draft) -> None:
+        files = list_files(documents.path, reading)
+        _finish(draft, measure_documents(files, config.signals, draft.path, board), "measure")
+
+    settings = {"prepare": {"signals": config.signals.model_dump(mode="json")}}
+    return perform(run, "signals", settings, parents, board, build, resume=True)
+
+
+def build_signatures(
+    config: PrepareConfig, run: Run, board: ProgressBoard, documents: Stage, reading: Reading
+) -> Stage:
+    """The `signatures` stage: the index that duplicates are found with, today and tomorrow."""
+
+    def build(draft: Draft) -> None:
+        files = list_files(documents.path, reading)
+        _finish(draft, sign_documents(files, config.dedup, draft.path, board), "sign")
+
+    settings = {"prepare": {"dedup": _signature_settings(config)}}
+    parents = {"documents": documents.manifest.content}
+    return perform(run, "signatures", settings, parents, board, build, resume=True)
+
+
+def _finish(draft: Draft, reports: Reading, name: str) -> None:
+    """Hashes of the files from where they were written; time and size for the data report."""
+    for report in reports:
+        draft.hashes.update({f: found["sha256"] for f, found in report["files"].items()})
+    draft.summary[f"{name}_seconds"] = round(sum(report["seconds"] for report in reports), 3)
+
+
+def _select(config: PrepareConfig) -> dict[str, Any]:
+    """What the `corpus` stage depends on besides its parents."""
+    chosen = config.model_dump(
+        mode="json",
+        include={"quality", "pii", "dedup", "decontaminate", "english_held_out_share"},
+    )
+    chosen["source_quality"] = [
+        source.quality.model_dump(mode="json") if source.quality else None
+        for source in config.sources
+    ]
+    if any(source.kind == "textbook" for source in config.sources):
+        chosen["textbook"] = config.textbook.model_dump(mode="json")
+    return chosen
+
+
+def _signature_settings(config: PrepareConfig) -> dict[str, Any]:
+    return config.dedup.model_dump(mode="json", include=SIGNATURE_KEYS)
+
+
+def _find_earlier(path: Path, config: PrepareConfig) -> tuple[Stage, Stage]:
+    """(signatures, corpus) of a finished run; raises `UserError` when they cannot be compared."""
+    stages = [read_stage(path / name) for name in ("signatures", "corpus")]
+    if None in stages:
+        raise UserError(
+            f"prepare.dedup.against={path}: holds no finished signatures and corpus; "
+            "name the directory of a run that `python -m jobs.prepare` finished"
+        )
+    signatures, corpus = stages
+    assert signatures is not None and corpus is not None
+    theirs = signatures.manifest.settings["prepare"]["dedup"]
+    for key, mine in _signature_settings(config).items():
+        if theirs[key] != mine:
+            raise UserError(
+                f"prepare.dedup.against={path}: was signed with {key}={theirs[key]}, not {mine}; "
+                f"set prepare.dedup.{key}={theirs[key]}"
+            )
+    return signatures, corpus
+
+
+def _gather(
+    config: PrepareConfig,
+    documents: Stage,
+    signals: Stage,
+    signatures: Stage,
+    reading: Reading,
+    earlier: Sequence[tuple[Stage, Stage]],
+) -> Inputs:
+    """What the corpus is made from, as rows of plain values."""
+    rules = {
+        label: source.quality.model_dump(mode="json") if source.quality else None
+        for label, source in zip(label_sources(config.sources), config.sources, strict=True)
+    }
+    kinds = dict(zip(label_sources(config.sources), (s.kind for s in config.sources), strict=True))
+    names = [f"part-{number:06d}" for number in range(len(reading))]
+    files = list_files(
+        documents.path,
+        reading,
+        signals=[str(signals.path / f"{name}.parquet") for name in names],
+        kind=[kinds[report["source"]] for report in reading],
+        quality=[rules[report["source"]] for report in reading],
+    )
+    stems, kept = [], []
+    for signed, corpus in earlier:
+        stems += sorted(
+            {str(f).removesuffix(".facts.npy") for f in signed.path.glob("*.facts.npy")}
+        )
+        kept.append(np.load(corpus.path / "kept.npy"))
+    return Inputs(
+        files=files,
+        stems=tuple(str(signatures.path / f"part-{row['number']:06d}") for row in files),
+        reading=tuple(reading),
+        earlier=tuple(stems),
+        earlier_kept=np.concatenate(kept) if kept else None,
+    )
 
 
 if __name__ == "__main__":
-    main("prepare", run)
+    main("prepare", run, {"--check": check})

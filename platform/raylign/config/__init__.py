@@ -10,7 +10,7 @@ from raylign.config.alignment import (
 )
 from raylign.config.corpus import PrepareConfig
 from raylign.config.decontamination import DecontaminateConfig
-from raylign.config.dedup import DedupConfig
+from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.loading import ConfigError, load_recipe
 from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
@@ -41,6 +41,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "LearnerConfig",
+    "LinesConfig",
     "MixtureConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -58,6 +59,7 @@ __all__ = [
     "SftConfig",
     "SignalsConfig",
     "SourceConfig",
+    "SubstringConfig",
     "SynthesiseConfig",
     "TextbookConfig",
     "TokenizerConfig",

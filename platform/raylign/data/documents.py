@@ -52,8 +52,8 @@ def list_document_files(directory: Path, key: str) -> list[Path]:
 def read_batches(file: Path, columns: list[str], rows: int = 8192) -> Iterator[pa.Table]:
     """Tables of at most `rows` rows, in order; memory does not grow with the file.
 
-    Of the columns, `doc_id` and `domain` may be absent: documents are then known by file and row,
-    and belong to the domain "documents".
+    Of the columns only `text` must be there: documents without `doc_id` are known by file and row,
+    those without `domain` belong to "documents", and everything else is null.
     """
     reader = pq.ParquetFile(file)
     present = [name for name in columns if name in reader.schema_arrow.names]
@@ -63,12 +63,11 @@ def read_batches(file: Path, columns: list[str], rows: int = 8192) -> Iterator[p
         for name in columns:
             if name in present:
                 continue
+            values: list[str | None] = [None] * len(batch)
             if name == "doc_id":
                 values = [f"{file.name}#{row}" for row in range(start, start + len(batch))]
-            elif name == "domain":
+            elif name in ("domain", "source"):
                 values = ["documents"] * len(batch)
-            else:
-                raise KeyError(f"{file} has no column {name!r}")
             table = table.append_column(name, pa.array(values, pa.string()))
         start += len(batch)
         yield table.select(columns)

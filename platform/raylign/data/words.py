@@ -67,7 +67,7 @@ class Words:
 
 def split_words(texts: pa.Array | pa.ChunkedArray | list[str]) -> Words:
     """Hash every word of every text; a null counts as an empty text."""
-    data, offsets = _buffers(texts)
+    data, offsets = text_buffers(texts)
     room = (len(data) + len(offsets)) // 2 + 1
     hashes = np.empty(room, np.uint64)
     starts, ends = np.empty(room, np.int64), np.empty(room, np.int64)
@@ -76,7 +76,7 @@ def split_words(texts: pa.Array | pa.ChunkedArray | list[str]) -> Words:
     return Words(hashes[:count], word_offsets, starts[:count], ends[:count])
 
 
-def _buffers(texts: pa.Array | pa.ChunkedArray | list[str]) -> tuple[np.ndarray, np.ndarray]:
+def text_buffers(texts: pa.Array | pa.ChunkedArray | list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of all texts (uint8, not copied from an Arrow array) and their bounds (int64)."""
     if isinstance(texts, list):
         texts = pa.array(texts, pa.large_string())

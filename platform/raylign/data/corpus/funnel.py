@@ -2,116 +2,136 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raylign.config import PrepareConfig
-from raylign.data.decontamination.index import Index
-from raylign.data.quality.rules import KEYS
-from raylign.data.textbook.problems import Problems
+from raylign.data.quality.rules import REASONS
 
 STEPS = (
     "read",
-    "clean",
     "quality",
     "exact_duplicates",
     "near_duplicates",
     "english_held_out",
+    "repeated_text",
     "decontaminate",
 )
 """Where a document can leave, in order."""
 _REMEDIES = {
     "read": "correct prepare.sources",
-    "clean": "name other prepare.sources",
     "exact_duplicates": "name other prepare.sources",
     "near_duplicates": "raise prepare.dedup.threshold",
     "english_held_out": "lower prepare.english_held_out_share",
-    "decontaminate": "lower prepare.textbook.held_out",
+    "repeated_text": "turn off prepare.dedup.lines and prepare.dedup.substring",
+    "decontaminate": "lower prepare.textbook.held_out, or shorten prepare.decontaminate.against",
 }
 EXAMPLES = 3
-EXAMPLE_CHARS = 300
+EXAMPLE_CHARS = 400
+
+Counts = dict[str, Any]
+"""Numbers, or such dictionaries."""
 
 
 @dataclass
 class Tally:
-    """What one part of the second pass did; `merge` adds parts up in their order."""
+    """What was counted over a part of the corpus; `merge` adds the parts up in their order."""
 
-    left: dict[str, int] = field(default_factory=dict)
-    """Stage to documents that left there; "" to those that stayed."""
-    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Stage to reason to count."""
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Source to `documents` and `chars` that stayed."""
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    """Reason to a few excerpts."""
-    lines_removed: int = 0
-    documents_shortened: int = 0
+    left: Counts = field(default_factory=dict)
+    """Step to documents that left there; "" to those that stayed."""
+    dropped: Counts = field(default_factory=dict)
+    """Step to reason to count; a document counts once for each of its reasons."""
+    sources: Counts = field(default_factory=dict)
+    """Source to `read`, `documents` and `chars` (that stayed)."""
+    domains: Counts = field(default_factory=dict)
+    """Domain to the same."""
+    languages: Counts = field(default_factory=dict)
+    """Language to the same; empty when it was not measured."""
+    lengths: Counts = field(default_factory=dict)
+    """Step ("" for kept) to the power of two below the length in characters to documents."""
+    contamination: Counts = field(default_factory=dict)
+    """Task to `documents` (that held items of it) and `items` (item to documents)."""
+    removed: Counts = field(default_factory=dict)
+    """What was cut from or replaced in documents that stayed: kind to count."""
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Reason ("kept" for none) to a few excerpts."""
     overlap_after: int = 0
     """Documents that still contain an evaluation item; anything but 0 is a defect."""
 
-    def drop(self, stage: str, reasons: Sequence[str], source: str, text: str) -> None:
-        """Count a document that leaves."""
-        self.left[stage] = self.left.get(stage, 0) + 1
-        counts = self.dropped.setdefault(stage, {})
-        for reason in reasons:
-            counts[reason] = counts.get(reason, 0) + 1
-            self.show(reason, source, text)
+    def drop(self, steps: Mapping[str, int], reasons: Mapping[tuple[str, str], int]) -> None:
+        """Count documents that left, by step and by (step, reason)."""
+        add(self.left, steps)
+        for (step, reason), count in reasons.items():
+            add(self.dropped, {step: {reason: count}})
 
-    def keep(self, source: str, chars: int) -> None:
-        """Count a document that stays."""
-        self.left[""] = self.left.get("", 0) + 1
-        counts = self.sources.setdefault(source, {"documents": 0, "chars": 0})
-        counts["documents"] += 1
-        counts["chars"] += chars
+    def wants(self, reason: str) -> bool:
+        """Whether there are not enough examples yet."""
+        return len(self.examples.get(reason, ())) < EXAMPLES
 
-    def show(self, reason: str, source: str, text: str) -> None:
+    def show(self, reason: str, example: Mapping[str, Any]) -> None:
         """Remember an example, if there are not enough yet."""
-        shown = self.examples.setdefault(reason, [])
-        if len(shown) < EXAMPLES:
-            shown.append({"source": source, "text": text[:EXAMPLE_CHARS]})
+        if self.wants(reason):
+            self.examples.setdefault(reason, []).append(dict(example))
 
     def merge(self, other: Tally) -> None:
         """Add the next part."""
-        self.left = dict(Counter(self.left) + Counter(other.left))
-        for mine, theirs in ((self.dropped, other.dropped), (self.sources, other.sources)):
-            for name, counts in theirs.items():
-                sums = mine.setdefault(name, {})
-                for key, count in counts.items():
-                    sums[key] = sums.get(key, 0) + count
-        for reason, shown in other.examples.items():
-            held = self.examples.setdefault(reason, [])
-            held += shown[: EXAMPLES - len(held)]
-        self.lines_removed += other.lines_removed
-        self.documents_shortened += other.documents_shortened
-        self.overlap_after += other.overlap_after
+        for name, value in asdict(other).items():
+            if name == "examples":
+                for reason, shown in value.items():
+                    held = self.examples.setdefault(reason, [])
+                    held += shown[: EXAMPLES - len(held)]
+            elif name == "overlap_after":
+                self.overlap_after += value
+            else:
+                add(getattr(self, name), value)
+
+
+def add(sums: Counts, more: Mapping[str, Any]) -> None:
+    """Add numbers of the same place."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            add(sums.setdefault(key, {}), value)
+        else:
+            sums[key] = sums.get(key, 0) + value
+
+
+def tally_reading(reports: Sequence[Mapping[str, Any]]) -> Tally:
+    """What the first pass rejected, from its reports."""
+    tally = Tally()
+    for report in reports:
+        rejected = sum(report["rejected"].values())
+        add(tally.left, {"read": rejected} if rejected else {})
+        add(tally.dropped, {"read": report["rejected"]} if rejected else {})
+        add(tally.sources, {report["source"]: {"read": rejected + report["used"]}})
+    return tally
 
 
 def explain_empty(tally: Tally, config: PrepareConfig) -> str:
     """One line: what became of all documents, and what to change."""
     total = sum(tally.left.values())
     counts = {
-        (stage, reason): count
-        for stage, reasons in tally.dropped.items()
+        (step, reason): count
+        for step, reasons in tally.dropped.items()
         for reason, count in reasons.items()
     }
-    stage, reason = max(counts, key=lambda key: (counts[key], key))
-    if stage == "quality":
-        key = KEYS[reason]
-        remedy = f"relax prepare.quality.{key}={getattr(config.quality, key)}"
+    step, reason = max(counts, key=lambda key: (counts[key], key))
+    if step == "quality":
+        key = REASONS[reason]
+        value: Any = config.quality
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        remedy = f"relax prepare.quality.{key}={value}"
     else:
-        remedy = _REMEDIES[stage]
+        remedy = _REMEDIES[step]
     return (
-        f"prepare: none of {total} documents is left; {counts[stage, reason]} were rejected "
-        f"as {reason!r} in step {stage!r}; {remedy}"
+        f"prepare: none of {total} documents is left; {counts[step, reason]} were rejected "
+        f"as {reason!r} in step {step!r}; {remedy}"
     )
 
 
-def describe(
-    tally: Tally, problems: Problems, index: Index, config: PrepareConfig
-) -> dict[str, Any]:
-    """What `funnel.json` holds. A document counts once for each of its reasons."""
+def describe(tally: Tally, duplicates: Mapping[str, Any], items: Mapping[str, Any]) -> Counts:
+    """What `funnel.json` holds: the tally, `duplicates` and the evaluation `items` looked for."""
     steps = []
     remaining = sum(tally.left.values())
     for name in STEPS:
@@ -121,33 +141,40 @@ def describe(
         remaining -= left
     return {
         "steps": steps,
-        "sources": dict(sorted(tally.sources.items())),
-        "examples": dict(sorted(tally.examples.items())),
-        "decontamination": {
-            "held_out": len(problems.held_out),
-            "english_held_out": tally.left.get("english_held_out", 0),
-            "ngrams": index.entries,
-            "items_ignored": index.ignored,
-            "granularity": config.decontaminate.granularity,
+        "sources": _sort(tally.sources),
+        "domains": _sort(tally.domains),
+        "languages": _sort(tally.languages),
+        "lengths": _sort(tally.lengths),
+        "duplicates": dict(duplicates),
+        "decontamination": dict(items)
+        | {
+            "tasks": _sort(tally.contamination),
             "documents_removed": tally.left.get("decontaminate", 0),
-            "documents_shortened": tally.documents_shortened,
-            "lines_removed": tally.lines_removed,
+            "english_held_out": tally.left.get("english_held_out", 0),
             "overlap_after": tally.overlap_after,
         },
+        "removed": _sort(tally.removed),
+        "examples": dict(sorted(tally.examples.items())),
     }
 
 
-def summarise(tally: Tally, problems: Problems) -> dict[str, Any]:
+def _sort(counts: Counts) -> Counts:
+    return {
+        key: _sort(value) if isinstance(value, dict) else value
+        for key, value in sorted(counts.items())
+    }
+
+
+def summarise(tally: Tally) -> Counts:
     """The numbers worth showing."""
     return {
         "read": sum(tally.left.values()),
         "documents": tally.left.get("", 0),
-        "chars": sum(source["chars"] for source in tally.sources.values()),
+        "chars": sum(source.get("chars", 0) for source in tally.sources.values()),
+        "rejected": tally.left.get("read", 0),
         "low_quality": tally.left.get("quality", 0),
         "exact_duplicates": tally.left.get("exact_duplicates", 0),
         "near_duplicates": tally.left.get("near_duplicates", 0),
-        "held_out_lines_removed": tally.lines_removed,
-        "exercises": len(problems.exercises),
-        "prompts": len(problems.prompts),
-        "held_out": len(problems.held_out),
+        "contaminated": tally.left.get("decontaminate", 0),
+        "lines_removed": tally.removed.get("held_out_lines", 0),
     }

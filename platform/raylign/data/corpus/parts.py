@@ -1,10 +1,10 @@
 """A pass over many parts on Ray Data, each part whole or absent, and never done twice.
 
 A part is a row of plain values with a `number`. Its worker writes the part's files and then, last
-and by rename, `.done/PASS-NUMBER.json`: what was made, with size and hash. A pass that was killed at
-any moment, driver or worker, therefore continues after the parts that have such a file. What a part
-makes may depend on its row and on files of earlier stages alone, so a part done again has the same
-bytes, wherever and whenever that is.
+and by rename, `.done/PASS-NUMBER.json`: what was made, with size and hash. A pass that was killed
+at any moment, driver or worker, therefore continues after the parts that have such a file. What a
+part makes may depend on its row and on files of earlier stages alone, so a part done again has the
+same bytes, wherever and whenever that is.
 """
 
 from __future__ import annotations

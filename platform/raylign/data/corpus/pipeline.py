@@ -1,273 +1,299 @@
-"""The corpus: sources to documents, demonstrations and held-out problems, on Ray Data.
+"""The corpus: from documents, their signals and their signatures to what is kept.
 
-    slices ─▶ read ─▶ clean ─▶ judge ─▶ sign ─▶ row files        Ray Data, one task a slice
-                                                   │
-                       hashes, bands, sketches ────┘             one process: who duplicates whom,
-                                │                                which texts are held out
-                              fates
-                                │
-    row files ─▶ decide ─▶ documents/, excluded/, held-out texts  Ray Data, one task a part
+    documents ─▶ signals ───▶ judge ─┐
+        │                            ├─▶ duplicates ─▶ held out ─▶ decide ─▶ documents/, excluded/
+        └──────▶ signatures ─────────┘
 
-Row-wise work is Ray Data's; what groups (duplicates) works on 240 bytes a document and never moves
-text. Every file is a function of recipe and data: not of the number of workers or their order.
+The first three are stages of their own (`ingest`, `features`). This one applies thresholds, so
+other thresholds, another rule of who stays or other evaluation sets measure nothing again.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.data
-import xxhash
 
 from raylign.config import PrepareConfig, UserError
-from raylign.data.corpus import passes
-from raylign.data.corpus.funnel import Tally, describe, explain_empty, summarise
-from raylign.data.decontamination.index import Index, build_index, list_needles
-from raylign.data.dedup.signatures import Signatures, find_duplicates
-from raylign.data.sources.slices import TEXTBOOK, Slice
-from raylign.data.textbook.arithmetic import Problem
-from raylign.data.textbook.problems import draw_problems, write_problems
+from raylign.data.corpus.decisions import Decision, decide_part, judge_part
+from raylign.data.corpus.duplicates import SETTLED, Duplicates, find_duplicates
+from raylign.data.corpus.features import Files
+from raylign.data.corpus.funnel import Tally, describe, explain_empty, summarise, tally_reading
+from raylign.data.corpus.occurrences import count_occurrences
+from raylign.data.corpus.parts import run_parts
+from raylign.data.corpus.repetitions import find_cuts
+from raylign.data.decontamination.evaluation_sets import load_items
+from raylign.data.decontamination.index import (
+    HELD_OUT,
+    Item,
+    build_index,
+    drop_common,
+    list_needles,
+)
+from raylign.data.decontamination.index import Index as EvaluationIndex
+from raylign.data.dedup.index import NO_DAY, Index
+from raylign.data.documents import read_batches
+from raylign.data.textbook.problems import Problems, draw_problems, write_problems
 from raylign.run import write_json
 from raylign.tracking import ProgressBoard
 
-Pass = Callable[..., Any]
-COMPARED = ["doc_id", "source", "stage", "hash", "bands", "sketch", "shingles"]
-"""Columns of the row files that the search for duplicates needs: everything but text."""
+WORK = ".work"
+TEXTBOOK = "textbook"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fates:
-    """What becomes of each of N documents, in corpus order."""
+class Inputs:
+    """The stages that a corpus is made from."""
 
-    stages: np.ndarray
-    """object [N]: where it leaves; "" for those that stay until decontamination."""
-    duplicate_of: np.ndarray
-    """object [N]: id of the document that stands for it, or None."""
-    similarity: np.ndarray
-    """float64 [N]: to that document; NaN without one."""
+    files: Files
+    """Files of documents with `number`, `file`, `used`, `kind` (of the source), `source`,
+    `signals` (file or "") and `quality` (the source's own rules, or null)."""
+    stems: tuple[str, ...]
+    """Index parts, one for each file."""
+    reading: tuple[Mapping[str, Any], ...] = ()
+    """Reports of the first pass."""
+    earlier: tuple[str, ...] = ()
+    """Index parts of earlier corpora."""
+    earlier_kept: np.ndarray | None = None
+    """bool: which of their documents were kept."""
 
 
 def build_corpus(
-    slices: Sequence[Slice],
-    config: PrepareConfig,
-    seed: int,
-    directory: Path,
-    board: ProgressBoard,
+    inputs: Inputs, config: PrepareConfig, seed: int, directory: Path, board: ProgressBoard
 ) -> dict[str, Any]:
     """Write the corpus into `directory`; returns the numbers worth showing. Ray must be joined.
 
-    `slices` are those of `sources.plan_slices`. Raises `UserError` when no document is left, and
-    `RuntimeError` should a held-out item survive decontamination.
+    Continues with what an earlier attempt left in `directory`. Raises `UserError` when no document
+    is left, and `RuntimeError` should an evaluation item survive decontamination.
     """
-    work = directory / "work"
+    work = directory / WORK
     for folder in (work, directory / "documents", directory / "excluded"):
-        folder.mkdir(parents=True)
-    problems = draw_problems(config.textbook, seed)
-    files = passes.group_files(_read(slices, config, seed, work, board))
-    if not files:
-        raise UserError("prepare.sources: no documents were found in any source; name others")
-    table = passes.read_files(work, chain.from_iterable(files), COMPARED)
-    fates = decide_fates(table, slices, config, seed)
-    index = _index(problems.held_out, work, files, fates, config)
-    tally = _decide(files, fates, config, index, directory, board)
+        folder.mkdir(parents=True, exist_ok=True)
+    index = Index((*inputs.earlier, *inputs.stems))
+    duplicates = _compare(inputs, index, config, work, board)
+    starts = index.offsets[len(inputs.earlier) :]
+    held = _hold_out(inputs, index, duplicates, config.english_held_out_share, seed, starts)
+    np.save(work / "held.npy", held)
+    rows = [dict(row) | {"start": int(at)} for row, at in zip(inputs.files, starts, strict=False)]
+    np.save(work / "cuts.npy", find_cuts(rows, duplicates.kept & ~held, config.dedup, work, board))
+    problems = _draw_problems(inputs, config, seed)
+    items = _collect_items(rows, held, problems, config)
+    if config.decontaminate.max_occurrences is not None:
+        counts = count_occurrences(rows, items, work, board)
+        items = drop_common(items, counts, config.decontaminate.max_occurrences)
+    tally = _decide(inputs, rows, items, config, directory, board)
     if not tally.left.get(""):
         raise UserError(explain_empty(tally, config))
     if tally.overlap_after:
         raise RuntimeError(f"{tally.overlap_after} documents still hold evaluation items")
-    write_problems(problems, index, directory)
+    if problems is not None:
+        write_problems(problems, items, directory)
     _join_held_out(work, directory / "english_held_out.jsonl")
-    write_json(directory / "funnel.json", describe(tally, problems, index, config))
-    shutil.rmtree(work)
-    return summarise(tally, problems)
+    _write_kept(inputs, work, directory / "kept.npy")
+    clusters = _describe_duplicates(duplicates)
+    write_json(directory / "funnel.json", describe(tally, clusters, _describe_items(items, config)))
+    return summarise(tally) | _count_problems(problems)
 
 
-def stream(
-    rows: Sequence[dict[str, Any]],
-    transforms: Sequence[Pass],
-    board: ProgressBoard,
-    name: str,
-    unit: str,
-    size: str | None = None,
-) -> list[dict[str, Any]]:
-    """Run every row through the table functions `transforms`, each row as a task of its own.
-
-    Returns the rows that the last one made, in no particular order; each says in `number` which
-    input row it came from. The bar counts input rows, and beside them the sum of a column `size`.
-    """
-    _quiet()
-    if not rows:
-        return []
-    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-    for position, transform in enumerate(transforms):
-        batch = 1 if position == 0 else None
-        dataset = dataset.map_batches(
-            transform, batch_size=batch, batch_format="pyarrow", zero_copy_batch=True
-        )
-    results: list[dict[str, Any]] = []
-    done: set[int] = set()
-    total = 0
-    with board.bar(name, len(rows), unit) as bar:
-        for result in dataset.iter_rows():
-            results.append(result)
-            done.add(result["number"])
-            total += int(result[size]) if size else 0
-            bar.update(len(done), note=f"{total:,} {size}" if size else "")
-        bar.update(len(rows), note=f"{total:,} {size}" if size else "")
-    return results
-
-
-def _quiet() -> None:
-    """Ray Data's own bars and plans stay in its log file; the board shows progress."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.get_name() == "console":
-            handler.setLevel(logging.ERROR)
-
-
-def _read(
-    slices: Sequence[Slice], config: PrepareConfig, seed: int, work: Path, board: ProgressBoard
-) -> list[str]:
-    """First pass; the names of the row files."""
-    transforms: list[Pass] = [
-        partial(passes.read_rows, textbook=config.textbook, seed=seed),
-        passes.clean_rows,
-        partial(passes.judge_rows, config=config.quality),
-        partial(passes.sign_rows, config=config.dedup),
-        partial(passes.write_rows, directory=str(work)),
-    ]
-    rows = [dataclasses.asdict(part) for part in slices]
-    written = stream(rows, transforms, board, "read", "slice", "rows")
-    return [row["name"] for row in written]
-
-
-def decide_fates(
-    table: pa.Table, slices: Sequence[Slice], config: PrepareConfig, seed: int
-) -> Fates:
-    """Limits, duplicates and the English held-out share."""
-    stages = np.array(table["stage"].to_pylist(), object)
-    ids = np.array(table["doc_id"].to_pylist(), object)
-    sources = np.array(table["source"].to_pylist(), object)
-    for label, limit in {part.source: part.limit for part in slices}.items():
-        rows = np.flatnonzero(sources == label)
-        stages[rows[_beyond(limit, stages[rows] != "read")]] = "over_limit"
-    duplicate_of = np.full(len(ids), None, object)
-    similarity = np.full(len(ids), np.nan)
-    alive = np.flatnonzero(stages == "")
-    found = find_duplicates(*_comparable(table, alive, config), config.dedup)
-    gone = ~found.kept
-    stages[alive[gone]] = np.where(found.exact[gone], "exact_duplicates", "near_duplicates")
-    duplicate_of[alive[gone]] = ids[alive[found.keeper[gone]]]
-    similarity[alive[gone]] = found.similarity[gone]
-    textbooks = [part.source for part in slices if part.kind == TEXTBOOK]
-    english = np.flatnonzero((stages == "") & ~np.isin(sources, textbooks))
-    stages[_draw_share(ids, english, config.english_held_out_share, seed)] = "english_held_out"
-    return Fates(stages, duplicate_of, similarity)
-
-
-def _beyond(limit: int, readable: np.ndarray) -> np.ndarray:
-    """bool: the rows after the `limit`-th readable one; none when `limit` is 0."""
-    before = np.cumsum(readable) - readable
-    return before >= limit if limit else np.zeros(len(readable), bool)
-
-
-def _comparable(
-    table: pa.Table, rows: np.ndarray, config: PrepareConfig
-) -> tuple[np.ndarray, Signatures]:
-    """Hashes and signatures of the given rows."""
-    part = table.select(["hash", "bands", "sketch", "shingles"]).take(pa.array(rows))
-    bands = passes.from_binary(part["bands"], np.uint64, config.dedup.bands)
-    width = config.dedup.bands * config.dedup.rows
-    sketches = passes.from_binary(part["sketch"], np.uint8, width)
-    hashes = np.array(part["hash"].to_pylist(), "S16")
-    return hashes, Signatures(bands, sketches, part["shingles"].to_numpy())
-
-
-def _draw_share(ids: np.ndarray, rows: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """The `share` of `rows` whose ids hash lowest: at least one of two or more, unless it is 0."""
-    if share == 0 or len(rows) < 2:
-        return rows[:0]
-    hashes = np.array(
-        [xxhash.xxh3_64_intdigest(f"{seed}/{ids[row]}".encode()) for row in rows], "u8"
+def _compare(
+    inputs: Inputs, index: Index, config: PrepareConfig, work: Path, board: ProgressBoard
+) -> Duplicates:
+    """Duplicates among the documents that pass the rules, and the arrays that `Fates` reads."""
+    passes, scores = _judge(inputs, config, work, board)
+    settled = len(index) - len(passes)
+    alive = np.concatenate([_earlier_kept(inputs, settled), passes])
+    priority = np.full(len(index), SETTLED)
+    priority[settled:] = _rank(index, settled, scores, config)
+    found = find_duplicates(
+        (*inputs.earlier, *inputs.stems), alive, priority, settled, config.dedup, work, board
     )
-    return rows[np.argsort(hashes, kind="stable")[: max(1, round(share * len(rows)))]]
+    for name in ("keeper", "similarity", "kind"):
+        np.save(work / f"{name}.npy", getattr(found, name))
+    return found
 
 
-def _index(
-    held_out: Sequence[Problem],
-    work: Path,
-    files: Sequence[Sequence[str]],
-    fates: Fates,
-    config: PrepareConfig,
-) -> Index:
-    """Everything that training may not see: held-out problems and held-out English texts."""
-    items = list_needles(held_out)
-    for names, rows in _split(work, files, fates):
-        wanted = np.flatnonzero(fates.stages[rows] == "english_held_out")
-        if len(wanted):
-            texts = passes.read_files(work, names, ["text"])["text"]
-            items += texts.take(pa.array(wanted)).to_pylist()
+def _judge(
+    inputs: Inputs, config: PrepareConfig, work: Path, board: ProgressBoard
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which documents pass the rules, and their scores where `keep` needs them."""
+    best = config.dedup.keep == "best"
+    if best and config.signals.classifier is None:
+        raise UserError(
+            "prepare.dedup.keep=best: needs the scores of a classifier; give "
+            "prepare.signals.classifier, or another rule"
+        )
+    if not all(row["signals"] for row in inputs.files):
+        return np.ones(sum(row["used"] for row in inputs.files), bool), None
+    work_on = partial(judge_part, quality=config.quality, best=best)
+    reports = run_parts("judge", inputs.files, work_on, work, board)
+    passes = np.concatenate([np.load(work / report["name"]) for report in reports])
+    if not best:
+        return passes, None
+    return passes, np.concatenate([np.load(work / report["scores"]) for report in reports])
+
+
+def _earlier_kept(inputs: Inputs, settled: int) -> np.ndarray:
+    return np.ones(settled, bool) if inputs.earlier_kept is None else inputs.earlier_kept
+
+
+def _rank(
+    index: Index, settled: int, scores: np.ndarray | None, config: PrepareConfig
+) -> np.ndarray:
+    """Priority of each new document by the rule of who stays; int64, higher stays."""
+    if config.dedup.keep == "longest":
+        return index.facts("chars")[settled:].astype(np.int64)
+    if config.dedup.keep == "oldest":
+        return NO_DAY - index.facts("day")[settled:].astype(np.int64)
+    if scores is not None:
+        return np.round(scores.astype(np.float64) * 1e6).astype(np.int64)
+    return np.zeros(len(index) - settled, np.int64)
+
+
+def _hold_out(
+    inputs: Inputs,
+    index: Index,
+    duplicates: Duplicates,
+    share: float,
+    seed: int,
+    starts: np.ndarray,
+) -> np.ndarray:
+    """bool: the `share` of the documents that stay whose ids hash lowest, the textbook aside.
+
+    At least one of two or more, unless the share is 0.
+    """
+    english = np.zeros(len(index), bool)
+    for row, start in zip(inputs.files, starts, strict=False):
+        english[start : start + row["used"]] = row["kind"] != TEXTBOOK
+    rows = np.flatnonzero(english & duplicates.kept)
+    held = np.zeros(len(index), bool)
+    if share > 0 and len(rows) > 1:
+        halves = index.facts("id").view("<u8").reshape(-1, 2)[rows]
+        with np.errstate(over="ignore"):
+            keys = (halves[:, 0] ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15) ^ halves[:, 1]
+            keys = (keys ^ (keys >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+        chosen = np.argsort(keys ^ (keys >> np.uint64(29)), kind="stable")
+        held[rows[chosen[: max(1, round(share * len(rows)))]]] = True
+    return held
+
+
+def _draw_problems(inputs: Inputs, config: PrepareConfig, seed: int) -> Problems | None:
+    """Exercises, prompts and held-out problems, where a textbook is among the sources."""
+    if not any(source.kind == TEXTBOOK for source in config.sources):
+        return None
+    return draw_problems(config.textbook, seed)
+
+
+def _collect_items(
+    rows: Files, held: np.ndarray, problems: Problems | None, config: PrepareConfig
+) -> EvaluationIndex:
+    """Everything that training may not see: problems, held-out texts and evaluation sets."""
+    items = load_items(config.decontaminate)
+    needles = list_needles(problems.held_out) if problems else []
+    items += [Item(HELD_OUT, f"problem {n}", needle) for n, needle in enumerate(needles)]
+    for row in rows:
+        wanted = held[row["start"] : row["start"] + row["used"]]
+        if not wanted.any():
+            continue
+        at = 0
+        for table in read_batches(Path(row["file"]), ["doc_id", "text"]):
+            mask = wanted[at : at + len(table)]
+            chosen = table.slice(0, len(mask)).filter(pa.array(mask))
+            for doc_id, text in zip(
+                *(chosen[n].to_pylist() for n in chosen.schema.names), strict=True
+            ):
+                items.append(Item(HELD_OUT, doc_id, text))
+            at += len(table)
     return build_index(items, config.decontaminate.ngram)
 
 
-def _split(
-    work: Path, files: Sequence[Sequence[str]], fates: Fates
-) -> Iterator[tuple[Sequence[str], slice]]:
-    """(row files of one part, its documents in corpus order)."""
-    start = 0
-    for names in files:
-        stop = start + sum(pq.read_metadata(work / name).num_rows for name in names)
-        yield names, slice(start, stop)
-        start = stop
-    assert start == len(fates.stages)
-
-
 def _decide(
-    files: Sequence[Sequence[str]],
-    fates: Fates,
+    inputs: Inputs,
+    rows: Files,
+    items: EvaluationIndex,
     config: PrepareConfig,
-    index: Index,
     directory: Path,
     board: ProgressBoard,
 ) -> Tally:
-    """Second pass; what it counted."""
-    work = directory / "work"
-    parts = [
-        {
-            "number": number,
-            "names": list(names),
-            "stage": fates.stages[rows].tolist(),
-            "duplicate_of": fates.duplicate_of[rows].tolist(),
-            "similarity": [None if np.isnan(s) else float(s) for s in fates.similarity[rows]],
-        }
-        for number, (names, rows) in enumerate(_split(work, files, fates))
-    ]
-    transform = partial(
-        passes.decide_rows,
-        directory=str(directory),
-        work=str(work),
-        index=index,
-        config=config.decontaminate,
+    decision = Decision(
+        stems=(*inputs.earlier, *inputs.stems),
+        quality=config.quality,
+        decontaminate=config.decontaminate,
+        items=items,
+        pii=config.pii,
     )
-    results = stream(parts, [transform], board, "decide", "part")
-    tally = Tally()
-    for result in sorted(results, key=lambda row: row["number"]):
-        tally.merge(Tally(**json.loads(result["tally"])))
+    work = partial(decide_part, decision=decision)
+    tally = tally_reading(inputs.reading)
+    for report in run_parts("decide", rows, work, directory, board, "part", "documents"):
+        tally.merge(Tally(**report["tally"]))
     return tally
 
 
 def _join_held_out(work: Path, file: Path) -> None:
-    with file.open("wb") as stream_out:
-        for part in sorted(work.glob("*.held.jsonl")):
-            stream_out.write(part.read_bytes())
+    with file.open("wb") as stream:
+        for part in sorted(work.glob("held-*.jsonl")):
+            stream.write(part.read_bytes())
+
+
+def _write_kept(inputs: Inputs, work: Path, file: Path) -> None:
+    """bool: which documents of the run's `signatures` stage were kept, for `dedup.against`."""
+    marks = [np.load(work / f"kept-{row['number']:06d}.npy") for row in inputs.files]
+    np.save(file, np.concatenate(marks))
+
+
+def _describe_duplicates(duplicates: Duplicates) -> dict[str, Any]:
+    """How many documents each kept one stands for, and what was compared."""
+    sizes = np.bincount(duplicates.keeper[duplicates.kind != 0]) + 1
+    values, counts = np.unique(sizes[sizes > 1], return_counts=True)
+    return {
+        "clusters": {str(v): int(c) for v, c in zip(values.tolist(), counts.tolist(), strict=True)},
+        "candidates": duplicates.candidates,
+        "verified": duplicates.verified,
+    }
+
+
+def _describe_items(items: EvaluationIndex, config: PrepareConfig) -> dict[str, Any]:
+    return {
+        "ngram": config.decontaminate.ngram,
+        "granularity": config.decontaminate.granularity,
+        "method": config.decontaminate.method,
+        "items": _count_items(items),
+    }
+
+
+def _count_items(items: EvaluationIndex) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for task, _ in items.names:
+        counts[task] = counts.get(task, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _count_problems(problems: Problems | None) -> dict[str, int]:
+    if problems is None:
+        return {}
+    return {
+        "exercises": len(problems.exercises),
+        "prompts": len(problems.prompts),
+        "held_out": len(problems.held_out),
+    }
+
+
+def list_files(
+    documents: Path, reading: Sequence[Mapping[str, Any]], **columns: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Rows of `Files` for the parts of a `documents` stage that hold any document to use."""
+    rows = []
+    for number, report in enumerate(reading):
+        if report["used"]:
+            row = {
+                "number": number,
+                "file": str(documents / "documents" / f"part-{number:06d}.parquet"),
+                "used": report["used"],
+                "source": report["source"],
+            }
+            rows.append(row | {name: values[number] for name, values in columns.items()})
+    return rows
