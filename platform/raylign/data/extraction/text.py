@@ -33,6 +33,11 @@ def clean_text(text: str) -> str:
     return _EMPTY_LINES.sub("\n\n", text).strip("\n").rstrip()
 
 
+def is_special(char: str) -> bool:
+    """Whether `clean_text` takes away or replaces this character, wherever it stands."""
+    return bool(_INVISIBLE.match(char) or _LINE_END.match(char) or _WIDE_BLANK.match(char))
+
+
 def is_encodable(text: str) -> bool:
     """Whether `text` is valid Unicode: a lone surrogate, which JSON can smuggle in, is not."""
     try:

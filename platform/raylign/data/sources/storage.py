@@ -1,0 +1,150 @@
+"""Where files lie: a local path, a glob, or the URL of an object store, all read the same way.
+
+Local files are opened by Python itself; everything with `://` in it goes through the file systems
+of pyarrow (`s3://`, `gs://`, `hdfs://`, `abfs://`, `file://`), whose credentials come from the
+environment as theirs do.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+from urllib.parse import quote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from raylign.config import UserError
+
+BUFFER_BYTES = 1 << 20
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file as a listing shows it."""
+
+    path: str
+    """Absolute path or URL; what `open_stored` takes."""
+    name: str
+    """Its path below what the source names, or the bare file name."""
+    size: int
+    modified: int
+    """Nanoseconds since the epoch; 0 where the store does not say."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when the file is written again."""
+        return f"{self.size}-{self.modified}"
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a file system of pyarrow is asked, not the local disk."""
+    return "://" in str(path)
+
+
+def list_stored(path: str | Path, suffixes: tuple[str, ...], key: str) -> list[Stored]:
+    """Files of a path, sorted by name: the file itself, a directory's files that end in one of
+    `suffixes`, or all that a glob (`*`, `?`, `[...]`, `**`) matches.
+
+    Raises `UserError` naming `key` for a path that does not exist, holds none, or cannot be listed.
+    """
+    given = str(path)
+    try:
+        return _list(given, suffixes, key)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{key}.path={given}: cannot be listed ({reason}); correct the path, or what the file "
+            "system needs to be reached"
+        ) from None
+
+
+def _list(given: str, suffixes: tuple[str, ...], key: str) -> list[Stored]:
+    base, pattern = _split_glob(given)
+    system, root, url = _locate(base)
+    info = system.get_file_info(root)
+    if info.type == fs.FileType.File and pattern is None:
+        return [_describe(info, url, base.rstrip("/").rpartition("/")[2])]
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"{key}.path={given}: no such file or directory; correct the path")
+    found = []
+    matcher = None if pattern is None else re.compile(_translate(pattern))
+    for entry in system.get_file_info(fs.FileSelector(root, recursive=True)):
+        if entry.type != fs.FileType.File:
+            continue
+        name = entry.path[len(root.rstrip("/")) + 1 :]
+        if matcher.fullmatch(name) if matcher else name.endswith(suffixes):
+            place = f"{url}/{quote(name)}" if is_url(url) else f"{url}/{name}"
+            found.append(_describe(entry, place, name))
+    if not found and matcher:
+        raise UserError(f"{key}.path={given}: matches no file; correct the pattern")
+    if not found:
+        wanted = " or ".join(suffixes)
+        raise UserError(f"{key}.path={given}: holds no {wanted} file; correct path or kind")
+    return sorted(found, key=lambda file: file.name)
+
+
+def _describe(info: fs.FileInfo, place: str, name: str) -> Stored:
+    return Stored(place, name, info.size or 0, info.mtime_ns or 0)
+
+
+def _split_glob(given: str) -> tuple[str, str | None]:
+    """(what stands before the first wild component, the pattern below it or None)."""
+    if not _WILD.search(given) or (not is_url(given) and Path(given).exists()):
+        return given, None
+    if "?" in given and is_url(given) and not _WILD.search(given.partition("?")[0]):
+        return given, None  # the query of a URL, as in s3://bucket/dir?region=eu-west-1
+    parts = given.split("/")
+    wild = next(number for number, part in enumerate(parts) if _WILD.search(part))
+    base = "/".join(parts[:wild])
+    return base or ("/" if given.startswith("/") else "."), "/".join(parts[wild:])
+
+
+def _translate(pattern: str) -> str:
+    """A glob as a regular expression; `*` stays inside a directory and `**/` crosses them."""
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:.*/)?", i + 3
+        elif pattern.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif pattern[i] == "*":
+            out, i = out + "[^/]*", i + 1
+        elif pattern[i] == "?":
+            out, i = out + "[^/]", i + 1
+        elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
+            stop = pattern.index("]", i + 2)
+            inner = pattern[i + 1 : stop].replace("\\", "\\\\").replace("[", "\\[")
+            out += f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
+            i = stop + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    return out
+
+
+def _locate(base: str) -> tuple[fs.FileSystem, str, str]:
+    """(file system, path inside it, path or URL that files are named below)."""
+    if is_url(base):
+        system, root = fs.FileSystem.from_uri(base)
+        return system, root, base.rstrip("/")
+    root = Path(base).resolve().as_posix()
+    return fs.LocalFileSystem(), root, "" if root == "/" else root
+
+
+def open_stored(path: str) -> IO[bytes]:
+    """A buffered, seekable stream of a file's bytes. Raises `OSError`."""
+    if not is_url(path):
+        return Path(path).open("rb", buffering=BUFFER_BYTES)
+    return cast(IO[bytes], io.BufferedReader(open_arrow(path), BUFFER_BYTES))
+
+
+def open_arrow(path: str) -> pa.NativeFile:
+    """The same as a file of pyarrow, for its Parquet reader."""
+    if not is_url(path):
+        return pa.OSFile(path)
+    system, place = fs.FileSystem.from_uri(path)
+    return system.open_input_file(place)
