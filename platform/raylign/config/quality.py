@@ -135,7 +135,7 @@ class MathsRules(Section):
     """Rules for mathematical text; thresholds of our own, after the idea of OpenWebMath (Paster et
     al. 2023, section 3.1) to look for LaTeX and symbols."""
 
-    min_maths_word_ratio: Number = _at_least_zero(0.01)
+    min_symbol_word_ratio: Number = _at_least_zero(0.01)
     """Fewest LaTeX commands and mathematical symbols a word."""
     max_digit_share: Share | None = 0.5
     """Largest share of digits among non-space characters: longer ones are tables."""
@@ -230,6 +230,8 @@ class SignalsConfig(Section):
     """Identify the language."""
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
     """Words of which prose has at least some (Rae et al. 2021); lower case, 64 at most."""
+    pii: bool = False
+    """Count personal data by kind (it is replaced by the section `pii` of `prepare`)."""
     short_line_chars: Count = 30
     """A line of at most so many characters is short (Penedo et al. 2024)."""
     bad_words: tuple[Path, ...] = ()

@@ -29,13 +29,11 @@ class Automaton:
 
 def compile_phrases(phrases: Sequence[str], fold: bool = True) -> Automaton:
     """A machine that finds all `phrases` (not empty); with `fold` in any case of ASCII letters."""
-    encoded = [(p.lower() if fold and p.isascii() else p).encode() for p in phrases]
-    if fold:
-        encoded = [_fold(text) for text in encoded]
-    alphabet = sorted(set(b"".join(encoded)))
+    encoded = [_fold(phrase.encode()) if fold else phrase.encode() for phrase in phrases]
+    alphabet = sorted(set(b"".join(encoded)))  # fewer than 256: UTF-8 never uses some bytes
     classes = np.zeros(256, np.uint8)
     for place, byte in enumerate(alphabet, 1):
-        classes[byte] = place % 256  # 256 classes never happen: some bytes are not UTF-8
+        classes[byte] = place
         if fold and 97 <= byte <= 122:
             classes[byte - 32] = place
     trie: list[dict[int, int]] = [{}]

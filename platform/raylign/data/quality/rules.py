@@ -105,15 +105,15 @@ RULES: tuple[Rule, ...] = (
     ),
     *_name_rules(
         "maths",
-        {"min_maths_word_ratio": "maths_word_ratio", "max_digit_share": "digit_share"},
+        {"min_symbol_word_ratio": "maths_word_ratio", "max_digit_share": "digit_share"},
     ),
     Rule("language_unsure", "language.min_confidence", "language_confidence"),
     *_name_rules(
         "blocklist",
         {
-            "max_bad_words": "bad_words",
+            "max_bad_words": "bad_word_count",
             "max_bad_word_share": "bad_word_share",
-            "max_blocked_urls": "blocked_url",
+            "max_blocked_urls": "url_blocked",
         },
     ),
     Rule("education_score", "education.min_score", "education_score"),
@@ -130,11 +130,15 @@ REASONS: dict[str, str] = {
 _NEEDED = {
     "language": "prepare.signals.language=true",
     "language_confidence": "prepare.signals.language=true",
-    "bad_words": "prepare.signals.bad_words",
+    "bad_word_count": "prepare.signals.bad_words",
     "bad_word_share": "prepare.signals.bad_words",
-    "blocked_url": "prepare.signals.blocked_urls",
+    "url_blocked": "prepare.signals.blocked_urls",
     "education_score": "prepare.signals.classifier",
 }
+
+
+_EITHER = {"bad_word_count", "url_blocked"}
+"""The section `blocklist` is of use with one list alone."""
 
 
 def judge(signals: pa.Table, config: QualityConfig) -> list[list[str]]:
@@ -176,9 +180,7 @@ def read_threshold(config: QualityConfig, key: str) -> Any:
 def _read_column(signals: pa.Table, metric: str, key: str) -> np.ndarray | None:
     """The metric of all rows; None for a blocklist that was not given (its sibling may be)."""
     if metric not in signals.column_names:
-        if metric in ("bad_words", "blocked_url") and {"bad_words", "blocked_url"} & set(
-            signals.column_names
-        ):
+        if metric in _EITHER and _EITHER & set(signals.column_names):
             return None
         need = _NEEDED.get(metric, "the signals to be measured again")
         raise UserError(f"prepare.quality.{key} needs the signal {metric!r}; give {need}")

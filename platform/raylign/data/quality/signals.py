@@ -13,6 +13,9 @@ import pyarrow as pa
 
 from raylign.config import SignalsConfig
 from raylign.data.quality import lines, repetition, symbols
+from raylign.data.quality.blocklists import count_bad_words, load_urls, load_words, match_urls
+from raylign.data.quality.language import identify
+from raylign.data.quality.pii import KINDS, count
 from raylign.data.quality.spans import (
     ALNUMS,
     ALPHA_WORDS,
@@ -91,10 +94,24 @@ COUNTS = frozenset(
 """Metrics that are whole numbers (int32); the others are float32."""
 
 
+EXTRAS: dict[str, tuple[str, str]] = {
+    "language": ("ISO 639 code, 'und' when there is nothing to go by", "py3langid"),
+    "language_confidence": ("its probability", "py3langid"),
+    "bad_word_count": ("occurrences of what the bad-word files list", "C4"),
+    "bad_word_share": ("the same a word", "C4"),
+    "blocked_domain": ("the domain of the address, or one above it, is listed", "FineWeb"),
+    "url_blocked": ("so is the domain or the address", "FineWeb"),
+    "education_score": ("score of the user's classifier", "FineWeb-Edu"),
+    **{f"pii_{kind}": (f"{kind} as `pii.KINDS` knows them", "-") for kind in KINDS},
+}
+"""Columns that are there if `SignalsConfig` asks for them."""
+
+
 def measure(table: pa.Table, config: SignalsConfig) -> pa.Table:
     """Metrics of every row of `table` (columns `text` and `url`), in the same order.
 
-    The columns are those of `METRICS`.
+    The columns are those of `METRICS`, then those of `EXTRAS` that `config` asks for. Raises
+    `UserError` for a list or classifier that cannot be read.
     """
     data, offsets = text_buffers(table["text"])
     parts = [_measure_text(data, bounds, config) for bounds in _cut(offsets)]
@@ -103,7 +120,33 @@ def measure(table: pa.Table, config: SignalsConfig) -> pa.Table:
         values = np.concatenate([part[name] for part in parts]) if parts else np.empty(0)
         kind = np.int32 if name in COUNTS else np.float32
         columns[name] = pa.array(values.astype(kind))
-    return pa.table(columns)
+    return pa.table({**columns, **_measure_extras(table, columns["words"], config)})
+
+
+def _measure_extras(table: pa.Table, words: pa.Array, config: SignalsConfig) -> dict[str, pa.Array]:
+    """The columns of `EXTRAS`."""
+    texts = table["text"]
+    columns: dict[str, pa.Array] = {}
+    if config.language:
+        languages, confidence = identify(texts)
+        columns["language"] = pa.array(languages, pa.string())
+        columns["language_confidence"] = pa.array(confidence)
+    if config.bad_words:
+        found = count_bad_words(texts, load_words(config.bad_words))
+        columns["bad_word_count"] = pa.array(found)
+        share = _divide(found, words.to_numpy())
+        columns["bad_word_share"] = pa.array(share.astype(np.float32))
+    if config.blocked_urls:
+        domains, urls = match_urls(table["url"].to_pylist(), load_urls(config.blocked_urls))
+        columns["blocked_domain"], columns["url_blocked"] = pa.array(domains), pa.array(urls)
+    if config.classifier is not None:
+        from raylign.data.quality import classifier
+
+        scores = classifier.load(config.classifier).score(texts.to_pylist())
+        columns["education_score"] = pa.array(scores, pa.float32())
+    if config.pii:
+        columns |= {f"pii_{kind}": pa.array(found) for kind, found in count(texts).items()}
+    return columns
 
 
 def _cut(offsets: np.ndarray) -> Iterator[np.ndarray]:
