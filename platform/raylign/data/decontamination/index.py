@@ -236,7 +236,6 @@ def find_matches(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index
         texts = list(texts)
     words = split_words(texts)
     sizes = np.diff(words.offsets)
-    prefix = np.empty(int(sizes.max(initial=0)) + 1, np.uint64)
     room = max(16, len(words.hashes) // 64)
     while True:
         found = np.empty((room, 4), np.int64)
@@ -250,7 +249,6 @@ def find_matches(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index
             index.shifts,
             index.keys,
             index.numbers,
-            prefix,
             found,
         )
         if count <= room:

@@ -20,7 +20,8 @@ _KEYS_IN_BLOCK = 4  # of 64 bits: 16 bits a key let about 1 % of foreign n-grams
 def build_filters(hashes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(blocks uint64, firsts int64 [L], shifts uint64 [L]) for the polynomials of each length.
 
-    Length number l has the blocks from firsts[l] on; the block of polynomial p is p >> shifts[l].
+    Length number l has the blocks from firsts[l] on. The high bits of a polynomial p choose one,
+    p >> shifts[l], and three times six low bits the bits in it.
     """
     bits = [max(1, (len(own) // _KEYS_IN_BLOCK).bit_length()) for own in hashes]
     firsts = np.cumsum([0, *(1 << b for b in bits)]).astype(np.int64)
@@ -50,15 +51,6 @@ def _finish(value, length):
     return mix(value + np.uint64(length)) | np.uint64(1)
 
 
-@nb.njit(inline="always")
-def _choose_bits(value):
-    """Three bits of a block, from a polynomial's low bits; the block comes from its high ones."""
-    one = np.uint64(1)
-    low, six = np.uint64(63), np.uint64(6)
-    bits = (one << (value & low)) | (one << ((value >> six) & low))
-    return bits | (one << ((value >> np.uint64(12)) & low))
-
-
 @kernel
 def hash_items(words, offsets, widths, polynomials, hashes, texts, places):
     """Every n-gram of `widths[t]` words of each text t: polynomial, hash, text and first word."""
@@ -79,8 +71,12 @@ def hash_items(words, offsets, widths, polynomials, hashes, texts, places):
 
 @kernel
 def _fill(polynomials, blocks, first, shift):
+    one, low = np.uint64(1), np.uint64(63)
     for value in polynomials:
-        blocks[first + np.int64(value >> shift)] |= _choose_bits(value)
+        bits = one << (value & low)
+        bits |= one << ((value >> np.uint64(6)) & low)
+        bits |= one << ((value >> np.uint64(12)) & low)
+        blocks[first + np.int64(value >> shift)] |= bits
 
 
 @kernel
@@ -94,15 +90,36 @@ def _insert(hashes, keys, numbers):
         keys[place], numbers[place] = value, number
 
 
+@nb.njit(inline="always")
+def _list_candidates(prefix, places, power, length, blocks, shift, candidates):
+    """The first `places` places whose n-grams pass the filter; returns how many do.
+
+    Without a branch that depends on the data: every place is written, and most are overwritten.
+    """
+    low, six, twelve = np.uint64(63), np.uint64(6), np.uint64(12)
+    count = np.int64(0)
+    for i in range(places):
+        value = prefix[i + length] - prefix[i] * power
+        block = blocks[value >> shift]
+        passes = (block >> (value & low)) & (block >> ((value >> six) & low))
+        passes &= block >> ((value >> twelve) & low)
+        candidates[count] = i
+        count += np.int64(passes & np.uint64(1))
+    return count
+
+
 @kernel
-def search(words, offsets, lengths, powers, blocks, firsts, shifts, keys, numbers, prefix, found):
+def search(words, offsets, lengths, powers, blocks, firsts, shifts, keys, numbers, found):
     """Write (document, first word, length, entry) rows; returns how many there are in all.
 
-    `prefix` is scratch of one word more than the longest document. Rows are in order of document,
-    then length, then place.
+    Rows are in order of document, then length, then place.
     """
     mask = np.uint64(len(keys) - 1)
-    count = 0
+    longest = 0
+    for document in range(len(offsets) - 1):
+        longest = max(longest, offsets[document + 1] - offsets[document])
+    prefix, candidates = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.int64)
+    rows = 0
     for document in range(len(offsets) - 1):
         start = offsets[document]
         total = offsets[document + 1] - start
@@ -112,22 +129,19 @@ def search(words, offsets, lengths, powers, blocks, firsts, shifts, keys, number
             value = value * _PRIME + words[start + i]
             prefix[i + 1] = value
         for kind in range(len(lengths)):
-            length, power = lengths[kind], powers[kind]
-            first, shift = firsts[kind], shifts[kind]
-            for i in range(total - length + 1):
-                value = prefix[i + length] - prefix[i] * power
-                bits = _choose_bits(value)
-                if blocks[first + np.int64(value >> shift)] & bits != bits:
-                    continue
-                needle = _finish(value, length)
+            length, power, own = lengths[kind], powers[kind], blocks[firsts[kind] :]
+            places = max(0, total - length + 1)
+            count = _list_candidates(prefix, places, power, length, own, shifts[kind], candidates)
+            for i in candidates[:count]:
+                needle = _finish(prefix[i + length] - prefix[i] * power, length)
                 place = (needle >> np.uint64(20)) & mask
                 while keys[place] != 0 and keys[place] != needle:
                     place = (place + np.uint64(1)) & mask
                 if keys[place] == needle:
-                    if count < len(found):
-                        found[count, 0] = document
-                        found[count, 1] = start + i
-                        found[count, 2] = length
-                        found[count, 3] = numbers[place]
-                    count += 1
-    return count
+                    if rows < len(found):
+                        found[rows, 0] = document
+                        found[rows, 1] = start + i
+                        found[rows, 2] = length
+                        found[rows, 3] = numbers[place]
+                    rows += 1
+    return rows
