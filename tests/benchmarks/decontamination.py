@@ -68,8 +68,7 @@ print(json.dumps({"seconds": time.process_time() - started, "found": found, "ngr
 def read_texts(data: Path) -> list[str]:
     """Web pages, encyclopedia articles and a few planted questions."""
     texts = [json.loads(line)["text"] for line in (data / "web/c4_demo.jsonl").open()]
-    lines = (data / "web/wiki_demo.txt").read_text().split("\n")
-    texts += ["\n".join(lines[at : at + 40]) for at in range(0, len(lines), 40)]
+    texts += [line for line in (data / "web/wiki_demo.txt").read_text().split("\n") if line]
     questions = [json.loads(line)["question"] for line in (data / SETS["gsm8k"]).open()]
     for number in range(0, len(texts), 50):
         texts[number] += "\n" + questions[number]

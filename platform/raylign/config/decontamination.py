@@ -39,7 +39,7 @@ class DecontaminateConfig(Section):
     the shared n-grams cover `min_coverage` of the item's words (Tulu 3). One n-gram is always
     enough for the run's own held-out problems and texts."""
     min_coverage: Share = 0.5
-    """For `coverage`: share of an item's words (Tulu 3: 0.5; PaLM: 0.7; Llama 2: 0.8)."""
+    """For `coverage`: share of an item's words (Tulu 3: 0.5; Llama 2 calls 0.8 and more dirty)."""
     min_words: int = Field(default=8, ge=2)
     """Evaluation items of fewer words are not looked for, but counted and listed (GPT-3: 8)."""
     window: int = Field(default=0, ge=0)

@@ -276,6 +276,20 @@ def test_batches_do_not_matter(size: int) -> None:
     assert overlapping(left, index) == []
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_pages_of_many_items_are_weighed_in_parts(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(2)
+    texts = [" ".join(write(rng, 0, 40)) for _ in range(40)]
+    items = [Item("quiz", str(n), " ".join(write(rng, 3, 9)), 2, 0.6) for n in range(12)]
+    index = build_index(items, 4)
+    whole = decontaminate(texts, index, WHOLE)
+    monkeypatch.setattr("raylign.data.decontamination.index._ROWS_AT_ONCE", rows)
+    assert decontaminate(texts, index, WHOLE) == whole
+    assert len(whole) > 5
+
+
 def test_index_travels() -> None:
     index = build_index([Item("quiz", "1", "one two three")], 5)
     again: Index = pickle.loads(pickle.dumps(index))
