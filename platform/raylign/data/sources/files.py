@@ -1,8 +1,8 @@
 """Documents in files: which reader knows a kind, and how its files are cut into slices.
 
 Files of lines are cut at fixed byte positions; a cut owns the lines that *begin* inside it. Parquet
-is cut at row groups, a web archive where records begin. A compressed file of lines cannot be
-entered in the middle and stays whole.
+is cut at row groups. A compressed file of lines cannot be entered in the middle and stays whole. So
+does a web archive: the bytes of a record may look like the beginning of another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from raylign.config import SourceConfig, UserError
-from raylign.data.sources import columnar, lines
+from raylign.data.sources import columnar, lines, webarchive
 from raylign.data.sources.cuts import Cut, Slice
 from raylign.data.sources.rows import Row
 from raylign.data.sources.storage import Stored, list_stored, open_stored
@@ -44,18 +44,18 @@ def cut(source: SourceConfig, key: str) -> Iterator[Cut]:
         if source.kind == "parquet":
             bounds = columnar.cut_row_groups(file, source, key, CUT_BYTES)
         else:
-            bounds = _cut_bytes(file, key)
+            bounds = _cut_bytes(file, key, source.kind in ("warc", "wet"))
         for start, stop in bounds:
             yield Cut(file.path, file.name, start, stop, file.identity)
 
 
-def _cut_bytes(file: Stored, key: str) -> list[tuple[int, int]]:
+def _cut_bytes(file: Stored, key: str, whole: bool) -> list[tuple[int, int]]:
     try:
         open_stored(file.path).close()
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"{key}: {file.path} cannot be read ({reason}); correct it") from None
-    if file.name.endswith(lines.COMPRESSED):
+    if whole or file.name.endswith(lines.COMPRESSED):
         return [(0, file.size)]
     return [(start, min(start + CUT_BYTES, file.size)) for start in range(0, file.size, CUT_BYTES)]
 
@@ -64,5 +64,7 @@ def read(part: Slice) -> Iterator[Row | pa.Table]:
     """Records of one slice; what cannot be read is a rejected row, never lost."""
     if part.kind == "parquet":
         yield from columnar.read(part)
+    elif part.kind in ("warc", "wet"):
+        yield from webarchive.read(part)
     else:
         yield from lines.read(part)
