@@ -12,7 +12,8 @@ from pathlib import Path
 from jobs.entry import locate, main, perform, section
 from raylign.config import PrepareConfig, Recipe
 from raylign.data.documents import list_document_files
-from raylign.data.shards.pack import Vocabulary, pack_corpus
+from raylign.data.shards.pack import pack_corpus
+from raylign.data.shards.tokenise import Vocabulary
 from raylign.models.loading import load_tokenizer, pad_id
 from raylign.run import Draft, Run, Stage
 from raylign.runtime import derive_seed
@@ -62,6 +63,8 @@ def build_shards(
             derive_seed(recipe.seed, "shards"),
             draft.path,
             board,
+            config.packing,
+            config.mixture,
         )
         draft.summary.update(summary)
 
@@ -69,7 +72,7 @@ def build_shards(
         "prepare": config.model_dump(mode="json", include=SHARD_KEYS - {"tokenizer"}),
         "seed": recipe.seed,
     }
-    return perform(run, "shards", settings, parents, board, build)
+    return perform(run, "shards", settings, parents, board, build, resume=True)
 
 
 if __name__ == "__main__":

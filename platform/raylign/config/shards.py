@@ -31,7 +31,8 @@ class MixtureConfig(Section):
     epochs: dict[str, tuple[Epochs, Epochs]] = Field(default_factory=dict)
     """Domain to bounds of its own in place of `min_epochs` and `max_epochs`."""
     tokens: Count | None = None
-    """Training tokens in all; as many as the weighed domains have when not given."""
+    """Training tokens in all; when not given as many as the weighed domains have, or the nearest
+    that the bounds on epochs allow."""
     chinchilla_params: Count | None = None
     """In place of `tokens`: parameters of the model to be trained; 20 tokens for each."""
 

@@ -10,10 +10,12 @@ ranks, therefore reads exactly what the first would have read.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 SPLITS = ("train", "validation")
+OPEN_SHARDS = 256
 
 _ROUNDS = 6
 
@@ -133,14 +136,14 @@ def _permute(places: np.ndarray, rows: int, key: int) -> np.ndarray:
     while outside.any():
         left, right = values[outside] >> np.uint64(half), values[outside] & mask
         for turn in range(_ROUNDS):
-            left, right = right, left ^ (_scramble(right, key + turn) & mask)
+            left, right = right, left ^ (scramble(right, key + turn) & mask)
         values[outside] = (left << np.uint64(half)) | right
         outside = values >= np.uint64(rows)
     return values.astype(np.int64)
 
 
-def _scramble(values: np.ndarray, key: int) -> np.ndarray:
-    """splitmix64 of value and key (Steele, Lea and Flood 2014)."""
+def scramble(values: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64 of each value (uint64) and a key: 64 new bits (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         z = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -173,34 +176,64 @@ def positions(segments: torch.Tensor) -> torch.Tensor:
     return index - starts.cummax(dim=1).values
 
 
+def write_shard(
+    directory: Path, name: str, tokens: np.ndarray, segments: np.ndarray, vocab_size: int
+) -> dict[str, Any]:
+    """Write tokens and segments [rows, T] as `NAME.tokens.npy` and `NAME.segments.npy`.
+
+    Each file appears whole. Returns the shard's entry in the index.
+    """
+    files = {}
+    for kind, array, dtype in (
+        ("tokens", tokens, token_type(vocab_size)),
+        ("segments", segments, np.uint16),
+    ):
+        file = directory / f"{name}.{kind}.npy"
+        save_array(file, array.astype(dtype, copy=False))
+        files[file.name] = {"size": file.stat().st_size, "sha256": hash_file(file)}
+    real = int(np.count_nonzero(segments))
+    return {"name": name, "rows": len(tokens), "tokens": real, "files": files}
+
+
+def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The type that holds every token of a vocabulary."""
+    return np.uint16 if vocab_size <= 65_535 else np.uint32
+
+
+def save_array(file: Path, array: np.ndarray) -> None:
+    """`np.save`, so that the file appears whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        np.save(stream, array)
+    os.replace(temporary, file)
+
+
 class ShardWriter:
-    """Writes the chunks of one split as numbered pairs of `.npy` files."""
+    """Writes the chunks of one split as numbered shards, and keeps their entries."""
 
     def __init__(self, directory: Path, split: str, vocab_size: int) -> None:
-        self._directory, self._split = directory, split
-        self._dtype = np.uint16 if vocab_size <= 65_535 else np.uint32
-        self._shards: list[dict[str, object]] = []
+        self._directory, self._split, self._vocab_size = directory, split, vocab_size
+        self._shards: list[dict[str, Any]] = []
         self.rows = self.tokens = 0
 
     def write(self, tokens: np.ndarray, segments: np.ndarray) -> None:
         """Append a shard: tokens and segments [rows, T]."""
         name = f"{self._split}-{len(self._shards):05d}"
-        np.save(self._directory / f"{name}.tokens.npy", tokens.astype(self._dtype))
-        np.save(self._directory / f"{name}.segments.npy", segments.astype(np.uint16))
-        real = int((segments > 0).sum())
-        self._shards.append(
-            {
-                "name": name,
-                "rows": len(tokens),
-                "tokens": real,
-                "sha256": hash_file(self._directory / f"{name}.tokens.npy"),
-            }
-        )
-        self.rows, self.tokens = self.rows + len(tokens), self.tokens + real
+        self.adopt(write_shard(self._directory, name, tokens, segments, self._vocab_size))
 
-    def describe(self) -> dict[str, object]:
+    def adopt(self, shard: dict[str, Any]) -> None:
+        """Append a shard that `write_shard` wrote, perhaps elsewhere."""
+        self._shards.append(shard)
+        self.rows, self.tokens = self.rows + shard["rows"], self.tokens + shard["tokens"]
+
+    def describe(self) -> dict[str, Any]:
         """This split's entry in the index."""
-        return {"rows": self.rows, "tokens": self.tokens, "shards": self._shards}
+        domains: dict[str, int] = {}
+        for shard in self._shards:
+            for name, tokens in shard.get("domains", {}).items():
+                domains[name] = domains.get(name, 0) + tokens
+        own = {"domains": dict(sorted(domains.items()))} if domains else {}
+        return {"rows": self.rows, "tokens": self.tokens, **own, "shards": self._shards}
 
 
 def write_index(
@@ -222,36 +255,90 @@ def write_index(
     )
 
 
+def verify(directory: Path | str) -> list[str]:
+    """Files of the shards in `directory` that are missing or not what the index says.
+
+    Empty when all is well. Raises `UserError` when there is no index to go by.
+    """
+    directory = Path(directory)
+    damaged = []
+    for split in _read_index(directory)["splits"].values():
+        for shard in split["shards"]:
+            for name, expected in shard["files"].items():
+                file = directory / name
+                if not file.is_file() or hash_file(file) != expected["sha256"]:
+                    damaged.append(name)
+    return damaged
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        for split in index["splits"].values():
+            for shard in split["shards"]:
+                _ = shard["name"], shard["rows"], shard["files"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} holds no {INDEX}; give a directory of packed shards"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory / INDEX} is damaged ({error}); prepare it again") from None
+    return index
+
+
 class PackedShards:
-    """One split of packed rows, memory-mapped: opening costs nothing, reading costs the rows."""
+    """One split of packed rows, memory-mapped: opening looks at sizes, reading costs the rows."""
 
     def __init__(self, directory: Path | str, split: str = "train") -> None:
-        """Raises `UserError` when `directory` holds no shards or lacks one."""
-        directory = Path(directory)
-        try:
-            index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-            described = index["splits"][split]
-        except FileNotFoundError:
+        """Raises `UserError` when `directory` holds no shards, lacks one, or one is cut off."""
+        self._directory = Path(directory)
+        index = _read_index(self._directory)
+        if split not in index["splits"]:
             raise UserError(
-                f"{directory} holds no {INDEX}; give a directory of packed shards"
-            ) from None
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{directory / INDEX} is damaged ({error}); prepare it again") from None
+                f"{self._directory / INDEX} is damaged (no split {split!r}); prepare it again"
+            )
+        described = index["splits"][split]
         self.sequence_length: int = index["sequence_length"]
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer: str = index["tokenizer"]
         self.rows: int = described["rows"]
         self.tokens: int = described["tokens"]
-        names = [shard["name"] for shard in described["shards"]]
-        self._tokens = [self._map(directory / f"{name}.tokens.npy") for name in names]
-        self._segments = [self._map(directory / f"{name}.segments.npy") for name in names]
-        self._starts = np.cumsum([0] + [shard["rows"] for shard in described["shards"]])
+        self._names = [shard["name"] for shard in described["shards"]]
+        counts = [shard["rows"] for shard in described["shards"]]
+        self._starts = np.cumsum([0, *counts])
+        for shard in described["shards"]:
+            for name, expected in shard["files"].items():
+                self._check_size(name, expected["size"])
+        # Opened when first read, and not all at once: every mapping holds a file descriptor.
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._map)
 
-    def _map(self, file: Path) -> np.ndarray:
+    def _check_size(self, name: str, expected: int) -> None:
         try:
-            return np.load(file, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); prepare the shards again") from None
+            size = (self._directory / name).stat().st_size
+        except OSError as error:
+            self._refuse(name, error.strerror or str(error))
+        if size != expected:
+            self._refuse(name, f"{size:,} bytes of {expected:,}")
+
+    def _refuse(self, name: str, reason: str) -> NoReturn:
+        raise UserError(
+            f"{self._directory / name} cannot be read ({reason}); prepare the shards again"
+        ) from None
+
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and segments [rows, T] of a shard."""
+        shape = (int(np.diff(self._starts)[shard]), self.sequence_length)
+        arrays = []
+        for kind in ("tokens", "segments"):
+            name = f"{self._names[shard]}.{kind}.npy"
+            try:
+                array = np.load(self._directory / name, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                self._refuse(name, str(error))
+            if array.shape != shape:
+                self._refuse(name, f"shape {array.shape} where the index has {shape}")
+            arrays.append(array)
+        return arrays[0], arrays[1]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, segments), both int64 [n, T], of the given rows in the given order.
@@ -267,6 +354,5 @@ class PackedShards:
         for shard in np.unique(shards).tolist():
             here = shards == shard
             rows = wanted[here] - self._starts[shard]
-            tokens[here] = self._tokens[shard][rows]
-            segments[here] = self._segments[shard][rows]
+            tokens[here], segments[here] = (array[rows] for array in self._open(shard))
         return tokens, segments

@@ -1,63 +1,44 @@
-"""Documents to packed token shards, on Ray Data.
+"""Documents to packed token shards.
 
-    documents/part-*.parquet ─▶ tokenise ─▶ token files      Ray Data, one task a part
-                                                │
-                          global shuffle, pack ─┴─▶ shards   one process, one shard in memory
+    documents/part-*.parquet ─▶ token files ─▶ order of reading ─▶ shards
+                               a task a file      the driver       a task for some shards
 
-The order of documents is that of a hash of seed and document id, so it is a shuffle of the whole
-corpus that no worker needs to know.
+The driver holds a few numbers for each document and never a token. Which tokens a shard holds
+follows from the cumulative lengths in the order of reading, so shards are packed in any order by
+any number of workers, and come out the same.
 """
 
 from __future__ import annotations
 
 import functools
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from tokenizers import Tokenizer
+import pyarrow.parquet as pq
 
-from raylign.config import UserError
-from raylign.data.corpus.pipeline import stream
-from raylign.data.documents import read_table, shuffle_key
-from raylign.data.packing import SPLITS, ShardWriter, pack_chunks, write_index
+from raylign.config import MixtureConfig, UserError
+from raylign.data.corpus.parts import run_parts
+from raylign.data.mixture import Reading, check_domains, mix, read_once
+from raylign.data.packing import (
+    SPLITS,
+    ShardWriter,
+    save_array,
+    token_type,
+    write_index,
+    write_shard,
+)
+from raylign.data.shards.rows import Pieces, concatenate, fit, lay
+from raylign.data.shards.tokenise import WORK, Tokenised, Vocabulary, tokenise
+from raylign.run import hash_json, write_json
 from raylign.tracking import ProgressBoard
 
-# Texts encoded at once: bounds what a task holds beside its documents.
-ENCODE_TEXTS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """What packing needs to know of a tokenizer."""
-
-    directory: Path
-    """Holds `tokenizer.json`."""
-    content: str
-    """Its content hash."""
-    size: int
-    eos: int
-    pad: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """All documents as tokens, memory-mapped, in shuffled order."""
-
-    files: list[np.ndarray]
-    """One array of concatenated documents a part."""
-    places: np.ndarray
-    """int64 [N, 3]: file, first token, tokens."""
-
-    def document(self, number: int) -> np.ndarray:
-        """Tokens of one document."""
-        file, start, count = self.places[number].tolist()
-        return self.files[file][start : start + count]
+MIXTURE = "mixture.json"
+# Tokens that a task packs, in whole shards and one at least: enough to be worth a task.
+PART_TOKENS = 1 << 22
 
 
 def pack_corpus(
@@ -69,116 +50,193 @@ def pack_corpus(
     seed: int,
     directory: Path,
     board: ProgressBoard,
+    packing: str = "concatenate",
+    mixture: MixtureConfig | None = None,
+    part_tokens: int = PART_TOKENS,
 ) -> dict[str, Any]:
     """Write the shards of document `files` into `directory`; returns the numbers worth showing.
 
     Whole documents go to validation until they make up `validation_share` of the tokens, so no
-    document is in both splits. Ray must be joined. Raises `UserError` when the corpus is too small
-    for either split, or the tokenizer is not a fast one.
+    document is in both splits; with a `mixture` it is the share of every domain. `packing` is
+    "concatenate" or "best_fit"; the latter fits the documents of one shard among each other, which
+    may take a few rows more than `shard_rows`. Ray must be joined. Called again after it was
+    killed, it continues; what it needs for that stays in `.work` and `.done`.
+
+    Raises `UserError` when the corpus is too small for either split, the mixture does not fit the
+    corpus, or the tokenizer is not a fast one.
     """
     if not (vocabulary.directory / "tokenizer.json").is_file():
         raise UserError(
             f"tokenizer {vocabulary.directory} has no tokenizer.json; convert it to a fast one"
         )
-    work = directory / "work"
-    work.mkdir(parents=True)
-    size = _tokenise(files, vocabulary, seed, work, board)
-    tokens = _open(work, len(files))
-    lengths = tokens.places[:, 2] + 1  # with <eos>
-    total = int(lengths.sum())
-    # The smallest number of documents that holds the share, but never all of them.
-    held = int(np.searchsorted(np.cumsum(lengths), validation_share * total)) + 1
-    held = held if validation_share > 0 else 0
-    if len(lengths) <= held:
-        raise UserError(
-            f"prepare.validation_share={validation_share}: {len(lengths)} documents cannot be "
-            "split; give more text, or 0"
+    if mixture is not None:
+        check_domains(mixture, _list_domains(files))  # before hours of tokenising
+    tokens = tokenise(files, vocabulary, seed, directory, board)
+    if mixture is None:
+        reading = read_once(tokens.documents, validation_share)
+    else:
+        reading = mix(tokens.documents, mixture, validation_share, seed)
+    key = _write_plan(directory, tokens, reading, seed)
+    settings = {
+        "plan": key,
+        "sequence_length": sequence_length,
+        "vocab_size": vocabulary.size,
+        "eos": vocabulary.eos,
+        "pad": vocabulary.pad,
+        "packing": packing,
+    }
+    shards = [
+        shard
+        for split, order in (("train", reading.train), ("validation", reading.validation))
+        for shard in _divide(
+            split, tokens.documents.lengths[order], shard_rows * sequence_length, packing
         )
+    ]
+    each = max(1, part_tokens // (shard_rows * sequence_length))
+    rows = [
+        {"number": number, "shards": shards[start : start + each], **settings}
+        for number, start in enumerate(range(0, len(shards), each))
+    ]
+    work = partial(pack_part, parts=tokens.parts, names=tokens.documents.names)
+    reports = run_parts("pack", rows, work, directory, board, size="tokens")
     writers = {split: ShardWriter(directory, split, vocabulary.size) for split in SPLITS}
-    ranges = {"train": range(held, len(lengths)), "validation": range(held)}
-    with board.bar("pack", total, "token") as bar:
-        for split, writer in writers.items():
-            documents: Iterator[np.ndarray] = map(tokens.document, ranges[split])
-            for chunk in pack_chunks(
-                documents, sequence_length, vocabulary.eos, vocabulary.pad, shard_rows
-            ):
-                writer.write(*chunk)
-                bar.update(sum(w.tokens for w in writers.values()))
+    for report in reports:
+        for shard in report["shards"]:
+            writers[shard["name"].partition("-")[0]].adopt(shard)
+    write_json(directory / MIXTURE, {"seed": seed, **reading.report})
     write_index(directory, sequence_length, vocabulary.size, vocabulary.content, writers)
-    shutil.rmtree(work)
+    return _summarise(writers, tokens, reading, sequence_length)
+
+
+def pack_part(
+    row: dict[str, Any], directory: Path, parts: tuple[str, ...], names: tuple[str, ...]
+) -> dict[str, Any]:
+    """Write the shards that `row` lists; runs in a worker. The report holds their entries."""
+    length, vocab_size = row["sequence_length"], row["vocab_size"]
+    files, starts, lengths, domains = (
+        np.load(directory / WORK / f"{name}.npy", mmap_mode="r")
+        for name in ("files", "starts", "lengths", "domains")
+    )
+    load = functools.lru_cache(maxsize=64)(
+        lambda number: _map_tokens(directory / parts[number], vocab_size)
+    )
+    entries = []
+    for shard in row["shards"]:
+        split = shard["name"].partition("-")[0]
+        order = np.load(directory / WORK / f"{split}.order.npy", mmap_mode="r")
+        chosen = np.asarray(order[shard["low"] : shard["high"]])
+        own = lengths[chosen]
+        if row["packing"] == "best_fit":
+            pieces = fit(own, chosen, length)
+        else:
+            ends = shard["offset"] + np.cumsum(own)
+            pieces = concatenate(own, ends, shard["first"], shard["stop"], length)
+        laid = lay(pieces, files[chosen], starts[chosen], load, length, row["eos"], row["pad"])
+        entry = write_shard(directory, shard["name"], *laid, vocab_size)
+        entry["domains"] = _count_domains(pieces, domains[chosen], names)
+        entries.append(entry)
     return {
-        "train_rows": writers["train"].rows,
-        "train_tokens": writers["train"].tokens,
-        "validation_rows": writers["validation"].rows,
-        "validation_tokens": writers["validation"].tokens,
-        "bytes_per_token": round(size / max(1, total - len(lengths)), 3),
+        "files": [name for entry in entries for name in entry["files"]],
+        "shards": entries,
+        "tokens": sum(entry["tokens"] for entry in entries),
     }
 
 
-def _tokenise(
-    files: Sequence[Path], vocabulary: Vocabulary, seed: int, work: Path, board: ProgressBoard
-) -> int:
-    """Token files of all parts; returns how many bytes of text they hold."""
-    parts = [{"number": number, "file": str(file)} for number, file in enumerate(files)]
-    transform = partial(
-        tokenise_parts,
-        tokenizer=str(vocabulary.directory),
-        content=vocabulary.content,
-        wide=vocabulary.size > 65_535,
-        seed=seed,
-        work=str(work),
-    )
-    done = stream(parts, [transform], board, "tokenise", "part", "tokens")
-    return sum(int(row["bytes"]) for row in done)
+def _divide(split: str, lengths: np.ndarray, size: int, packing: str) -> list[dict[str, Any]]:
+    """The shards of a split, of `size` tokens of the stream each.
+
+    `lengths` int64 [C] are those of the documents in the order of reading. A shard is made of the
+    documents `low` to `high`, the first of which begins at token `offset` of the stream.
+    """
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    begins = ends - lengths
+    shards: list[dict[str, Any]] = []
+    for first in range(0, total, size):
+        stop = min(first + size, total)
+        if packing == "best_fit":  # the documents that begin in the range
+            low, high = np.searchsorted(begins, (first, stop)).tolist()
+        else:  # those that reach into it
+            low = int(np.searchsorted(ends, first, side="right"))
+            high = int(np.searchsorted(begins, stop))
+        if low == high:  # a long document runs through the whole range
+            continue
+        shards.append(
+            {
+                "name": f"{split}-{len(shards):05d}",
+                "low": low,
+                "high": high,
+                "offset": int(begins[low]),
+                "first": first,
+                "stop": stop,
+            }
+        )
+    return shards
 
 
-def tokenise_parts(
-    parts: pa.Table, tokenizer: str, content: str, wide: bool, seed: int, work: str
-) -> pa.Table:
-    """Write tokens, lengths and shuffle keys of each document file in `parts` below `work`."""
-    encoder = _load(tokenizer, content)
-    results: dict[str, list[int]] = {"number": [], "tokens": [], "bytes": []}
-    for part in parts.to_pylist():
-        table = read_table(Path(part["file"]))
-        texts = [text or "" for text in table["text"].to_pylist()]
-        encoded: list[np.ndarray] = []
-        for start in range(0, len(texts), ENCODE_TEXTS):
-            batch = encoder.encode_batch_fast(
-                texts[start : start + ENCODE_TEXTS], add_special_tokens=False
-            )
-            encoded += [np.array(e.ids, np.uint32 if wide else np.uint16) for e in batch]
-        keys = [shuffle_key(doc_id, seed) for doc_id in table["doc_id"].to_pylist()]
-        stem = Path(work, f"part-{part['number']:05d}")
-        tokens = np.concatenate([np.empty(0, np.uint32 if wide else np.uint16), *encoded])
-        np.save(f"{stem}.tokens.npy", tokens)
-        np.save(f"{stem}.lengths.npy", np.array([len(e) for e in encoded], np.int64))
-        np.save(f"{stem}.keys.npy", np.array(keys, np.uint64))
-        results["number"].append(part["number"])
-        results["tokens"].append(len(tokens))
-        results["bytes"].append(sum(len(text.encode()) for text in texts))
-    return pa.table(results)
+def _write_plan(directory: Path, tokens: Tokenised, reading: Reading, seed: int) -> str:
+    """What the packing tasks read besides tokens; returns a hash of what it depends on."""
+    work = directory / WORK
+    arrays = {
+        "files": tokens.files,
+        "starts": tokens.starts,
+        "lengths": tokens.documents.lengths,
+        "domains": tokens.documents.domains,
+        "train.order": reading.train,
+        "validation.order": reading.validation,
+    }
+    for name, values in arrays.items():
+        save_array(work / f"{name}.npy", values)
+    sums = {
+        name: hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+        for name, values in arrays.items()
+    }
+    return hash_json({"arrays": sums, "names": tokens.documents.names, "seed": seed})
 
 
-@functools.lru_cache(maxsize=1)
-def _load(directory: str, content: str) -> Tokenizer:
-    """The tokenizer, once a worker process; `content` keeps a rewritten one from being mistaken."""
-    encoder = Tokenizer.from_file(str(Path(directory, "tokenizer.json")))
-    encoder.no_truncation()
-    encoder.no_padding()
-    # A document that spells out `<eos>` is text about it, not two documents.
-    encoder.encode_special_tokens = True
-    return encoder
+def _map_tokens(file: Path, vocab_size: int) -> np.ndarray:
+    kind = token_type(vocab_size)
+    if not file.stat().st_size:  # cannot be mapped
+        return np.empty(0, kind)
+    return np.asarray(np.memmap(file, kind, mode="r"))
 
 
-def _open(work: Path, parts: int) -> Tokens:
-    """Token files and the places of all documents, sorted by shuffle key."""
-    files, places, keys = [], [np.empty((0, 3), np.int64)], [np.empty(0, np.uint64)]
-    for number in range(parts):
-        stem = work / f"part-{number:05d}"
-        lengths = np.load(f"{stem}.lengths.npy")
-        starts = np.cumsum(lengths) - lengths
-        files.append(np.load(f"{stem}.tokens.npy", mmap_mode="r"))
-        places.append(np.stack([np.full_like(lengths, number), starts, lengths], axis=1))
-        keys.append(np.load(f"{stem}.keys.npy"))
-    order = np.argsort(np.concatenate(keys), kind="stable")
-    return Tokens(files, np.concatenate(places)[order])
+def _count_domains(pieces: Pieces, domains: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:
+    counts = np.zeros(len(names), np.int64)
+    np.add.at(counts, domains[pieces.copies], pieces.counts + pieces.ends)
+    return {names[d]: int(counts[d]) for d in np.flatnonzero(counts)}
+
+
+def _list_domains(files: Sequence[Path]) -> set[str]:
+    """The domains of all documents, without reading the documents."""
+    names: set[str] = set()
+    for file in files:
+        reader = pq.ParquetFile(file)
+        if "domain" not in reader.schema_arrow.names:
+            names.add("documents")
+            continue
+        for batch in reader.iter_batches(1 << 16, columns=["domain"]):
+            found = batch.column(0).unique().to_pylist()
+            names |= {name or "documents" for name in found}
+    return names
+
+
+def _summarise(
+    writers: dict[str, ShardWriter], tokens: Tokenised, reading: Reading, sequence_length: int
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for split, writer in writers.items():
+        summary[f"{split}_rows"] = writer.rows
+        summary[f"{split}_tokens"] = writer.tokens
+    places = sum(writer.rows for writer in writers.values()) * sequence_length
+    real = sum(writer.tokens for writer in writers.values())
+    count = len(tokens.documents.lengths)
+    bodies = int(tokens.documents.lengths.sum()) - count
+    return summary | {
+        "padding_share": round(1 - real / max(1, places), 6),
+        "bytes_per_token": round(tokens.text_bytes / max(1, bodies), 3),
+        "domains": {
+            name: {key: own[key] for key in ("wanted_share", "share", "tokens", "epochs")}
+            for name, own in reading.report["domains"].items()
+        },
+    }
