@@ -133,6 +133,7 @@ def test_directories_are_read_in_order_with_their_folders(tmp_path: Path) -> Non
         ("a.csv", "question,answer\nx\n", "row 0 of"),
         ("a.csv", 'question,answer\nx,"y\n', "cannot be read"),
         ("a.csv", "q,answer\nx,y\n", "has no column 'question'"),
+        ("a.csv", '"Who\nis it?",x\nWhen?,y\n', "it has Who is it?, x; give"),
         ("a.csv.gz", "question\nx\n", "cannot be read"),
         ("a.parquet", "question", "cannot be read"),
         ("a.txt", "question", "convert it"),

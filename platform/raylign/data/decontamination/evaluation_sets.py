@@ -27,6 +27,7 @@ from raylign.data.decontamination.index import HELD_OUT, Item
 from raylign.data.extraction.text import clean_text
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+_NAME_CHARS = 40
 
 Row = dict[str, Any]
 
@@ -194,9 +195,11 @@ def _choose_columns(
         if all(has_column(row, column) for column in columns):
             return columns
     missing = next(column for column in candidates[0] if not has_column(row, column))
+    names = ", ".join(" ".join(name.split())[:_NAME_CHARS] for name in row)
+    remedy = "its names, or 0, 1, ... when it has no header" if ".csv" in file.name else "its names"
     raise UserError(
-        f"{place}: {file} has no column {missing!r}{_suggest(missing, row)}; it has "
-        f"{', '.join(row)}; give {place}.columns"
+        f"{place}: {file} has no column {missing!r}{_suggest(missing, row)}; it has {names}; "
+        f"give {place}.columns {remedy}"
     )
 
 
