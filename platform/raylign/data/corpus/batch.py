@@ -157,7 +157,7 @@ class Batch:
         tally.overlap_after += len(overlapping(texts, index))
 
     def _count_kept(self, tally: Tally) -> None:
-        chars = np.array(pc.fill_null(pc.utf8_length(self._table["text"]), 0), np.int64)
+        chars = pc.utf8_length(self._table["text"]).to_numpy().astype(np.int64).copy()
         for position, text in self._texts.items():
             chars[position] = len(text)
         bins = np.frexp(np.maximum(chars, 1))[1] - 1

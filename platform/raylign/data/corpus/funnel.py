@@ -100,6 +100,8 @@ def tally_reading(reports: Sequence[Mapping[str, Any]]) -> Tally:
     """What the first pass rejected, from its reports."""
     tally = Tally()
     for report in reports:
+        if report["documents"] and not report["used"]:
+            continue  # beyond the source's limit
         rejected = sum(report["rejected"].values())
         add(tally.left, {"read": rejected} if rejected else {})
         add(tally.dropped, {"read": report["rejected"]} if rejected else {})
