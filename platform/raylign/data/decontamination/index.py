@@ -310,6 +310,7 @@ def _weigh_part(matches: Matches, part: slice, index: Index) -> Evidence:
     )
     pair, row = _expand(entries[match], index.bounds)
     text, place = index.owners[row].astype(np.int64), index.places[row].astype(np.int64)
+    # One number for document and text, from 0 on for the first document of the part.
     text += (documents[match] - documents[:1].sum())[pair] * len(index.sizes)
     order = np.argsort(text * int(index.sizes.max(initial=1)) + place)
     pair, text, place = pair[order], text[order], place[order]
