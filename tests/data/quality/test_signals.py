@@ -88,16 +88,16 @@ def count_sentences(line: str) -> int:
     count = 1
     words = line.split()
     for place, word in enumerate(words):
-        ended = ""
+        ended = full = ""
         for i, char in enumerate(word):
             if char in TERMINALS:
                 initial = char == "." and i == 1 and word[0].isalnum()
-                ended = "" if initial else char
+                ended, full = "" if initial else char, char
             elif char not in CLOSERS:
                 count += ended >= "\u3000"
                 ended = ""
         if ended and place + 1 < len(words):
-            count += not words[place + 1][0].islower()
+            count += full != "." or not words[place + 1][0].islower()
     return count
 
 
@@ -195,7 +195,7 @@ TEXTS = [
     "",
     "word",
     " \t\r\n \u3000\u2028 ",
-    'Plain words of the kind that people write. They end! Do they? "Yes." J. R. Smith e.g. x.',
+    'Plain words of the kind that people write. They end! do they? some?! a. "Yes." J. R. Smith e.g. x.',
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. Äpfel, Öl… und „Übel“.\n\nÄ.",
     "敏捷的棕色狐狸跳过了懒狗。你好吗？是的！“对。”他说。\n第二行没有标点",
     "الثعلب البني السريع يقفز. هل أنت بخير؟ نعم، ١٢٣ بخير۔ حسنا",

@@ -29,7 +29,7 @@ from raylign.data.words import kernel, mix
 # Columns of `Spans.words`.
 WORD_START, WORD_STOP, WORD_CHARS, WORD_BREAKS, WORD_EDGES = range(5)
 # Bits of WORD_EDGES.
-ENDS_SENTENCE, STARTS_LOWER = 1, 2
+ENDS_SENTENCE, ENDS_IN_STOP, STARTS_LOWER = 1, 2, 4
 # Columns of `Spans.lines`.
 LINE_START, LINE_STOP, LINE_CHARS, LINE_WORDS, LINE_LONGEST, LINE_SENTENCES, LINE_OPENS = range(7)
 # Columns of `Spans.totals`.
@@ -98,7 +98,7 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
     for document in range(len(offsets) - 1):
         i, stop = offsets[document], offsets[document + 1]
         total = totals[document]
-        found = np.uint64(0)
+        found, digits, signs = np.uint64(0), 0, 0
         while i < stop:
             code, width = read_character(data, i)
             kind = classes[code] if code < LIMIT else 0
@@ -110,7 +110,7 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
             words[count, WORD_EDGES] = STARTS_LOWER if kind & LOWER else 0
             value, letters = _BASIS, _BASIS
             chars, breaks, ended, run, alnums = 0, 0, 0, 0, 0
-            seen = 0
+            seen, full = 0, False
             while not kind & SPACE:
                 seen |= kind
                 for k in range(i, i + width):
@@ -128,12 +128,13 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
                 if kind & TERMINAL:
                     initial = code == _FULL_STOP and chars == 1 and alnums == 1
                     ended = 0 if initial else 2 if code >= _IDEOGRAPHIC else 1
+                    full = code == _FULL_STOP
                 elif not kind & CLOSER:
                     breaks += ended == 2
                     ended = 0
                 alnums += (kind & ALNUM) != 0
-                total[DIGITS] += (kind & DIGIT) != 0
-                total[SYMBOLS] += (kind & MATHS) != 0
+                digits += (kind & DIGIT) != 0
+                signs += (kind & MATHS) != 0
                 chars += 1
                 i += width
                 if i >= stop:
@@ -144,13 +145,14 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
                 found |= _match(letters, wanted)
             words[count, WORD_STOP], words[count, WORD_CHARS] = i, chars
             words[count, WORD_BREAKS] = breaks
-            words[count, WORD_EDGES] |= ENDS_SENTENCE if ended else 0
+            if ended:
+                words[count, WORD_EDGES] |= ENDS_SENTENCE | (ENDS_IN_STOP if full else 0)
             hashes[count] = mix(value)
             count += 1
             total[INK] += chars
             total[ALNUMS] += alnums
             total[ALPHA_WORDS] += (seen & ALPHA) != 0
-        total[STOP_WORDS] = _count_bits(found)
+        total[STOP_WORDS], total[DIGITS], total[SYMBOLS] = _count_bits(found), digits, signs
         word_offsets[document + 1] = count
     return count
 
@@ -203,8 +205,9 @@ def _scan_lines(
                 line = lines[count - 1]
                 line[LINE_CHARS] += gap
                 line_hashes[count - 1] = (line_hashes[count - 1] ^ gap_hash) * _PRIME
-                ended = words[word - 1, WORD_EDGES] & ENDS_SENTENCE
-                line[LINE_SENTENCES] += ended and not words[word, WORD_EDGES] & STARTS_LOWER
+                edges = words[word - 1, WORD_EDGES]
+                goes_on = edges & ENDS_IN_STOP and words[word, WORD_EDGES] & STARTS_LOWER
+                line[LINE_SENTENCES] += edges & ENDS_SENTENCE and not goes_on
             else:
                 line = lines[count]
                 line[:] = 0
