@@ -163,9 +163,10 @@ def trace_curves(
 
         def retrain(size: int, vocabulary: VocabularyConfig = vocabulary) -> Any:
             key = "tokenizer.compare_sizes"
-            return train_vocabulary(
-                training, vocabulary, size, config.tags, config.chat_template, key
-            )
+            try:
+                return train_vocabulary(training, vocabulary, size, config.tags, None, key)
+            except UserError as error:
+                raise UserError(f"{error} ({vocabulary.kind})") from None
 
         curves[subject.name] = trace_curve(retrain, config.compare_sizes, sample)
     return curves

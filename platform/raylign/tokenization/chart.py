@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from raylign.evaluation.report.markup import color, element, text
 from raylign.evaluation.report.plots import choose_ticks
 
-WIDTH, HEIGHT = 640.0, 330.0
+WIDTH, HEIGHT = 540.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 24.0, 14.0, 42.0
-TICKS_AT_MOST = 9
+TICKS_AT_MOST = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class Line:
     size: int
     bytes_per_token: float
     curve: tuple[tuple[int, float], ...] = ()
+    lossy: bool = False
+    """It has unknown tokens, so that its numbers flatter it: drawn hollow and dashed."""
 
 
 def draw_compression(lines: Sequence[Line]) -> str:
@@ -67,7 +69,11 @@ def _choose_powers(low: float, high: float) -> list[int]:
 
 
 def _draw_line(line: Line, place: Callable[[float, float], tuple[float, float]]) -> str:
-    fill, stroke = f"fill:{color(line.color)}", f"stroke:{color(line.color)}"
+    stroke = f"stroke:{color(line.color)}"
+    fill = f"fill:{color(line.color)}"
+    if line.lossy:
+        fill = f"fill:{color('panel')};stroke-width:2;{stroke}"
+        stroke += ";stroke-dasharray:4 4"
     parts = []
     if line.curve:
         spots = [place(*point) for point in line.curve]

@@ -174,7 +174,7 @@ def _tally(subject: Subject, texts: Sequence[str]) -> Iterable[_Tally]:
             ids = np.array(encoding.ids, np.int64)
             unknown = 0 if subject.unknown is None else int((ids == subject.unknown).sum())
             restored = subject.tokenizer.decode(encoding.ids, skip_special_tokens=False) == text
-            words, single = _count_words(text, encoding)
+            words, single = _count_words(text, encoding, subject.unknown)
             counts = [
                 *(len(ids), unknown, len(text.encode()), len(text)),
                 *(len(text.split()), words, single, int(restored)),
@@ -182,8 +182,8 @@ def _tally(subject: Subject, texts: Sequence[str]) -> Iterable[_Tally]:
             yield _Tally(np.array(counts, np.int64), np.unique(ids))
 
 
-def _count_words(text: str, encoding: Encoding) -> tuple[int, int]:
-    """Words, and those that one token covers, alone or with the blank before."""
+def _count_words(text: str, encoding: Encoding, unknown: int | None) -> tuple[int, int]:
+    """Words, and those that one known token covers, alone or with the blank before."""
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     words = np.array([match.span() for match in _WORD.finditer(text)], np.int64).reshape(-1, 2)
     if not len(spans) or not len(words):
@@ -196,7 +196,8 @@ def _count_words(text: str, encoding: Encoding) -> tuple[int, int]:
     lead = words[:, 0] - starts[inside]
     blank = np.array([bool(s) and text[s - 1].isspace() for s in words[:, 0].tolist()])
     whole = (ends[inside] == words[:, 1]) & ((lead == 0) | ((lead == 1) & blank))
-    return len(words), int((whole & (after - first == 1)).sum())
+    known = np.ones(len(spans), bool) if unknown is None else np.array(encoding.ids) != unknown
+    return len(words), int((whole & known[inside] & (after - first == 1)).sum())
 
 
 def _group(tallies: Sequence[_Tally], labels: Sequence[str | None], size: int) -> dict[str, Scores]:

@@ -119,7 +119,7 @@ def _render_table(findings: Findings) -> str:
             _tone(show_percent(scores.unknown_rate), scores.unknown_rate > 0),
             _tone(show_percent(scores.round_trip, 0), scores.round_trip < 1),
             show_percent(scores.vocabulary_use),
-            show_count(parameters) + text("small", f"{show_percent(share)} of the model"),
+            show_count(parameters) + text("small", f"{show_percent(share)} of model"),
         )
         title = element("td", _key(comparison.name, name), class_="name")
         rows.append(element("tr", title, *(element("td", cell, class_="num") for cell in cells)))
@@ -147,12 +147,15 @@ def _render_chart(findings: Findings) -> str:
             size=c.vocab_size,
             bytes_per_token=c.scores.bytes_per_token,
             curve=tuple(findings.curves.get(c.name, ())),
+            lossy=c.scores.unknown_rate > 0,
         )
         for c, name in zip(findings.comparisons, _colors(findings), strict=True)
     ]
     keys = element("div", *(_key(line.name, line.color) for line in lines), class_="keys")
     lead = "Bytes per token. A dot is a tokenizer of the table above"
     lead += "; a line is its kind, trained at other sizes." if findings.curves else "."
+    if any(c.scores.unknown_rate > 0 for c in findings.comparisons):
+        lead += " Hollow: what it does not know is a token too, so losing text looks like saving."
     figure = element("figure", keys, draw_compression(lines), class_="chart full")
     return _section("What size buys", lead, figure)
 
@@ -219,7 +222,7 @@ def _show(content: str) -> str:
             parts.append(_mark(f"U+{ord(character):04X}"))
         else:
             parts.append(plain(character))
-    return "".join(parts)
+    return "".join(parts).replace("://", ":&#47;/")  # as `plain` writes what it sees whole
 
 
 def _mark(content: str) -> str:

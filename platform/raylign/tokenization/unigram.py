@@ -146,6 +146,8 @@ def learn_pieces(
 ) -> tuple[list[str], list[float]]:
     """At most `room` pieces, the whole alphabet among them, and their log probabilities."""
     pieces = _seed(material, alphabet, room)
+    if not pieces:
+        return [], []
     scores = np.zeros(len(pieces))
     edges = _find_edges(material.words, pieces)
     for _ in range(64):
