@@ -82,7 +82,7 @@ def read(part: Slice) -> Iterator[Row | pa.Table]:
             row, after = before, before + metadata.row_group(group).num_rows
             try:
                 for batch in reader.iter_batches(READ_ROWS, row_groups=[group], columns=wanted):
-                    yield from _read_batch(batch, row, part, columns)
+                    yield from read_batch(batch, row, part, columns)
                     row += batch.num_rows
             except (pa.ArrowException, OSError) as error:
                 text = f"{after - row} rows: {error}"
@@ -94,9 +94,10 @@ def _top(name: str, present: list[str]) -> str:
     return name if name in present else name.partition(".")[0]
 
 
-def _read_batch(
+def read_batch(
     batch: pa.RecordBatch, start: int, part: Slice, columns: Columns
 ) -> Iterator[Row | pa.Table]:
+    """The same from one batch whose first row is number `start`."""
     text = _column(batch, columns.text)
     try:
         text = text.cast(pa.large_string())

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from raylign.config import SourceConfig, TextbookConfig, UserError
 from raylign.data.sources import files as source_files
+from raylign.data.sources import hub
 from raylign.data.sources import python as source_python
 from raylign.data.sources.columns import choose_columns
 from raylign.data.sources.cuts import Cut, Slice
@@ -23,7 +24,7 @@ from raylign.data.sources.gathering import gather
 from raylign.data.sources.rows import Row
 from raylign.data.textbook.arithmetic import write_page
 
-__all__ = ["Slice", "label_sources", "plan_slices", "read_rows", "read_slice"]
+__all__ = ["Slice", "label_sources", "plan_slices", "plan_source", "read_rows", "read_slice"]
 
 TEXTBOOK = "textbook"
 BUILT_IN = ("pydoc", "docstrings", TEXTBOOK)
@@ -35,33 +36,41 @@ def plan_slices(sources: Sequence[SourceConfig], textbook: TextbookConfig) -> li
     """Cut all sources. Raises `UserError` for a path that is missing or cannot be used."""
     slices: list[Slice] = []
     for number, (source, label) in enumerate(zip(sources, label_sources(sources), strict=True)):
-        columns = choose_columns(source)
-        for cut in cut_source(source, textbook, f"prepare.sources.{number}"):
-            slices.append(
-                Slice(
-                    index=len(slices),
-                    kind=source.kind,
-                    source=label,
-                    domain=source.domain or label,
-                    path=cut.path,
-                    name=cut.name,
-                    start=cut.start,
-                    stop=cut.stop,
-                    identity=cut.identity,
-                    text_column=columns.text,
-                    id_column=columns.id,
-                    url_column=columns.url,
-                    date_column=columns.date,
-                    domain_column=columns.domain,
-                    meta_columns=columns.meta,
-                    html=source.html,
-                    extractor=source.extractor,
-                    max_record_bytes=source.max_record_bytes,
-                    limit=source.limit or 0,
-                    options=cut.options,
-                )
-            )
+        slices += plan_source(source, label, textbook, f"prepare.sources.{number}", len(slices))
     return slices
+
+
+def plan_source(
+    source: SourceConfig, label: str, textbook: TextbookConfig, key: str, first: int = 0
+) -> list[Slice]:
+    """Cut one source; `key` is its place in the recipe, for messages, and `first` the index of its
+    first slice. Raises `UserError`."""
+    columns = choose_columns(source)
+    return [
+        Slice(
+            index=first + number,
+            kind=source.kind,
+            source=label,
+            domain=source.domain or label,
+            path=cut.path,
+            name=cut.name,
+            start=cut.start,
+            stop=cut.stop,
+            identity=cut.identity,
+            text_column=columns.text,
+            id_column=columns.id,
+            url_column=columns.url,
+            date_column=columns.date,
+            domain_column=columns.domain,
+            meta_columns=columns.meta,
+            html=source.html,
+            extractor=source.extractor,
+            max_record_bytes=source.max_record_bytes,
+            limit=source.limit or 0,
+            options=cut.options,
+        )
+        for number, cut in enumerate(cut_source(source, textbook, key))
+    ]
 
 
 def label_sources(sources: Sequence[SourceConfig]) -> list[str]:
@@ -116,6 +125,8 @@ def cut_source(source: SourceConfig, textbook: TextbookConfig, key: str) -> Iter
         yield from _ranges(len(source_python.list_modules()), MODULES_A_SLICE)
     elif source.kind == "pydoc":
         yield from _ranges(1, 1)
+    elif source.kind == "huggingface":
+        yield from hub.cut(source, key)
     else:
         yield from source_files.cut(source, key)
 
@@ -143,6 +154,8 @@ def read_rows(part: Slice, textbook: TextbookConfig, seed: int) -> Iterable[Row 
         return source_python.read_docstrings(part.start, part.stop)
     if part.kind == "pydoc":
         return source_python.read_topics()
+    if part.kind == "huggingface":
+        return hub.read(part)
     return source_files.read(part)
 
 

@@ -55,6 +55,7 @@ def _read_records(stream: IO[bytes], codec: str, part: Slice) -> Iterator[Row]:
                 held = _read_record(record, place, part)
             if held is not None:
                 yield held
+            yield from _check_end(stream, codec, part, last)
             return
         except _Broken as broken:
             reason = str(broken)
@@ -84,6 +85,15 @@ def _recover(
         position = find_record(stream, codec, end + 1)
     yield _damaged(stream, part, end, reason)
     return position
+
+
+def _check_end(stream: IO[bytes], codec: str, part: Slice, last: int) -> Iterator[Row]:
+    """What fastwarc passes over: a last member that breaks off before its record has begun."""
+    if codec == "gzip":
+        framed, end = check_frame(stream, codec, last, part.max_record_bytes)
+        stream.seek(end)
+        if framed and stream.read(1):
+            yield _damaged(stream, part, end, "truncated_record")
 
 
 def _damaged(stream: IO[bytes], part: Slice, place: int, reason: str) -> Row:
