@@ -12,6 +12,7 @@ from pathlib import Path
 from jobs.entry import locate, main, perform, section
 from raylign.config import PrepareConfig, Recipe
 from raylign.data.documents import list_document_files
+from raylign.data.packing import list_hashes
 from raylign.data.shards.pack import pack_corpus
 from raylign.data.shards.tokenise import Vocabulary
 from raylign.models.loading import load_tokenizer, pad_id
@@ -67,6 +68,7 @@ def build_shards(
             config.mixture,
         )
         draft.summary.update(summary)
+        draft.hashes.update(list_hashes(draft.path))
 
     settings = {
         "prepare": config.model_dump(mode="json", include=SHARD_KEYS - {"tokenizer"}),

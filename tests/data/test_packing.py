@@ -18,6 +18,7 @@ from raylign.data.packing import (
     pack_chunks,
     positions,
     rows_for_step,
+    verify,
     write_index,
 )
 
@@ -143,6 +144,21 @@ def test_a_step_reads_the_same_rows_however_it_is_divided() -> None:
         rows_for_step(0, 0, 0, 4)
 
 
+@pytest.mark.parametrize("start", [0, 1, 5, 17])
+def test_any_number_of_ranks_reads_the_same_from_any_step(tmp_path: Path, start: int) -> None:
+    """Every rank opens the shards for itself and reads its own part of each step's rows."""
+    write_shards(tmp_path)
+    alone = PackedShards(tmp_path)
+    for ranks in (1, 2, 3, 4):
+        shards = [PackedShards(tmp_path) for _ in range(ranks)]
+        for step in range(start, start + 4):
+            rows = rows_for_step(alone.rows, 9, step, 12)
+            parts = [own.read(rows[r::ranks]) for r, own in enumerate(shards)]
+            union = sorted(row for tokens, _ in parts for row in tokens.tolist())
+            assert union == sorted(alone.read(rows)[0].tolist())
+            assert len(union) == 12
+
+
 def test_attention_mask_against_brute_force() -> None:
     segments = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 0, 0, 0], [0] * 6, [1] * 6])
     mask = attention_mask(segments)
@@ -225,15 +241,40 @@ def test_damaged_shards_say_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no index\.json"):
         PackedShards(tmp_path)
     write_shards(tmp_path)
+    assert verify(tmp_path) == []
     with pytest.raises(UserError, match="damaged"):
         PackedShards(tmp_path, "test")
     file = tmp_path / "train-00001.tokens.npy"
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy cannot be read"):
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy cannot be read \(188 bytes"):
         PackedShards(tmp_path)
+    assert verify(tmp_path) == [file.name]
+    # The right size and wrong bytes: opening is cheap and does not notice, `verify` does.
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    PackedShards(tmp_path).read([0])
+    assert verify(tmp_path) == [file.name]
+    # A header that says something else.
+    file.write_bytes(whole.replace(b"(5, 8)", b"(4, 8)"))
+    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy cannot be read \(shape"):
+        PackedShards(tmp_path).read([7])
     file.unlink()
-    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy cannot be read"):
+    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy cannot be read \(No such"):
+        PackedShards(tmp_path)
+    (tmp_path / "train-00000.segments.npy").unlink()
+    assert verify(tmp_path) == ["train-00000.segments.npy", file.name]
+    (tmp_path / "index.json").write_text('{"splits": {"train": {"shards": [{"name": 1}]}}}')
+    with pytest.raises(UserError, match="damaged"):
         PackedShards(tmp_path)
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        PackedShards(tmp_path)
+        verify(tmp_path)
+
+
+def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylign.data.packing.OPEN_SHARDS", 1)
+    tokens, segments = write_shards(tmp_path)
+    shards = PackedShards(tmp_path)
+    for indices in (range(len(tokens)), [11, 0, 10, 1, 11]):
+        read = shards.read(list(indices))
+        assert (read[0] == tokens[indices]).all() and (read[1] == segments[indices]).all()

@@ -261,14 +261,21 @@ def verify(directory: Path | str) -> list[str]:
     Empty when all is well. Raises `UserError` when there is no index to go by.
     """
     directory = Path(directory)
-    damaged = []
-    for split in _read_index(directory)["splits"].values():
-        for shard in split["shards"]:
-            for name, expected in shard["files"].items():
-                file = directory / name
-                if not file.is_file() or hash_file(file) != expected["sha256"]:
-                    damaged.append(name)
-    return damaged
+    return [
+        name
+        for name, expected in list_hashes(directory).items()
+        if not (directory / name).is_file() or hash_file(directory / name) != expected
+    ]
+
+
+def list_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file of the shards in `directory`, as the index has it."""
+    return {
+        name: described["sha256"]
+        for split in _read_index(directory)["splits"].values()
+        for shard in split["shards"]
+        for name, described in shard["files"].items()
+    }
 
 
 def _read_index(directory: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def pack_corpus(
     shards = [
         shard
         for split, order in (("train", reading.train), ("validation", reading.validation))
-        for shard in _divide(
+        for shard in divide_stream(
             split, tokens.documents.lengths[order], shard_rows * sequence_length, packing
         )
     ]
@@ -142,7 +142,7 @@ def pack_part(
     }
 
 
-def _divide(split: str, lengths: np.ndarray, size: int, packing: str) -> list[dict[str, Any]]:
+def divide_stream(split: str, lengths: np.ndarray, size: int, packing: str) -> list[dict[str, Any]]:
     """The shards of a split, of `size` tokens of the stream each.
 
     `lengths` int64 [C] are those of the documents in the order of reading. A shard is made of the
