@@ -195,7 +195,7 @@ TEXTS = [
     "",
     "word",
     " \t\r\n \u3000\u2028 ",
-    'Plain words of the kind that people write. They end! do they? some?! a. "Yes." J. R. Smith e.g. x.',
+    'Plain words that people write end! do they? some?! a. "Yes." J. R. Smith e.g. x.',
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. Äpfel, Öl… und „Übel“.\n\nÄ.",
     "敏捷的棕色狐狸跳过了懒狗。你好吗？是的！“对。”他说。\n第二行没有标点",
     "الثعلب البني السريع يقفز. هل أنت بخير؟ نعم، ١٢٣ بخير۔ حسنا",

@@ -61,26 +61,41 @@ def count_bad_words(texts: pa.Array | pa.ChunkedArray | list[str], words: BadWor
     data, offsets = text_buffers(texts)
     counts = np.zeros(len(offsets) - 1, np.int32)
     machine = words.automaton
-    parts = (machine.classes, machine.moves, machine.found, machine.shorter, machine.lengths)
-    _count(data, offsets, *parts, words.anywhere, classify_characters(), counts)
+    parts = (machine.classes, machine.moves, machine.first, machine.found, machine.shorter)
+    width = len(machine.moves) // len(machine.found)
+    entries = (machine.lengths, words.anywhere)
+    _count(data, offsets, *parts, width, *entries, classify_characters(), counts)
     return counts
 
 
 @kernel
-def _count(data, offsets, classes, moves, found, shorter, lengths, anywhere, characters, counts):
+def _count(
+    data,
+    offsets,
+    classes,
+    moves,
+    first_end,
+    found,
+    shorter,
+    width,
+    lengths,
+    anywhere,
+    kinds,
+    counts,
+):
     for document in range(len(offsets) - 1):
         first, stop = offsets[document], offsets[document + 1]
-        state = np.int32(0)
+        state = np.uint32(0)
         for i in range(first, stop):
-            state = moves[state, classes[data[i]]]
-            at = state
+            state = moves[state + classes[data[i]]]
+            at = np.int64(state) // width if state >= first_end else 0
             while at > 0:
                 phrase = found[at]
                 if phrase >= 0:
                     start = i + 1 - lengths[phrase]
                     counts[document] += anywhere[phrase] or not (
-                        _is_letter_before(data, first, start, characters)
-                        or _is_letter_at(data, i + 1, stop, characters)
+                        _is_letter_before(data, first, start, kinds)
+                        or _is_letter_at(data, i + 1, stop, kinds)
                     )
                 at = shorter[at]
 

@@ -18,7 +18,9 @@ class Automaton:
     classes: np.ndarray
     """uint8 [256]: class of a byte; 0 for bytes of no phrase."""
     moves: np.ndarray
-    """int32 [S, B]: the next state; state 0 is the start."""
+    """uint32 [S * B]: by state and class, where the next state's row starts; row 0 is the start."""
+    first: int
+    """Where the rows of the states begin at whose bytes a phrase ends."""
     found: np.ndarray
     """int32 [S]: the phrase that ends in a state, or -1."""
     shorter: np.ndarray
@@ -49,9 +51,20 @@ def compile_phrases(phrases: Sequence[str], fold: bool = True) -> Automaton:
             state = trie[state][kind]
         if found[state] < 0:
             found[state] = place
-    moves, shorter = _link(trie, found, len(alphabet) + 1)
-    lengths = np.array([len(text) for text in encoded], np.int32)
-    return Automaton(classes, moves, np.array(found, np.int32), shorter, lengths)
+    width = len(alphabet) + 1
+    moves, shorter = _link(trie, found, width)
+    ends = (np.array(found) >= 0) | (shorter > 0)
+    order = np.argsort(ends, kind="stable")  # those where a phrase ends come last
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return Automaton(
+        classes,
+        (place[moves[order]] * width).astype(np.uint32).ravel(),
+        int(len(order) - ends.sum()) * width,
+        np.array(found, np.int32)[order],
+        place[shorter[order]].astype(np.int32),
+        np.array([len(text) for text in encoded], np.int32),
+    )
 
 
 def _fold(text: bytes) -> bytes:
@@ -85,19 +98,20 @@ def mark_spans(
 ) -> np.ndarray:
     """uint64 [N]: the OR of the `bits` (uint64 [P]) of the phrases in each span of bytes."""
     marks = np.zeros(len(starts), np.uint64)
-    machine = (automaton.classes, automaton.moves, automaton.found, automaton.shorter)
-    _mark(data, starts, stops, *machine, bits.astype(np.uint64), marks)
+    machine = (automaton.classes, automaton.moves, automaton.first)
+    ends = (automaton.found, automaton.shorter, len(automaton.moves) // len(automaton.found))
+    _mark(data, starts, stops, *machine, *ends, bits.astype(np.uint64), marks)
     return marks
 
 
 @kernel
-def _mark(data, starts, stops, classes, moves, found, shorter, bits, marks):
+def _mark(data, starts, stops, classes, moves, first, found, shorter, width, bits, marks):
     for span in range(len(starts)):
-        state = np.int32(0)
+        state = np.uint32(0)
         for i in range(starts[span], stops[span]):
-            state = moves[state, classes[data[i]]]
-            if found[state] >= 0 or shorter[state] > 0:
-                at = state
+            state = moves[state + classes[data[i]]]
+            if state >= first:
+                at = np.int64(state) // width
                 while at > 0:
                     if found[at] >= 0:
                         marks[span] |= bits[found[at]]

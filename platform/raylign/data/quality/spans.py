@@ -70,7 +70,8 @@ def find_spans(data: np.ndarray, offsets: np.ndarray, stop_words: tuple[str, ...
     words, word_hashes = np.empty((room, 5), np.int32), np.empty(room, np.uint64)
     word_offsets, line_offsets = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
     totals = np.zeros((count, 10), np.int64)
-    wanted = np.array([hash_letters(word) for word in stop_words], np.uint64)
+    hashes = [hash_letters(word) for word in stop_words]
+    wanted = np.array([sum({1 << value % 64 for value in hashes}), *hashes], np.uint64)
     filled = _scan_words(
         data, offsets, classify_characters(), wanted, words, word_hashes, word_offsets, totals
     )
@@ -87,8 +88,8 @@ def find_spans(data: np.ndarray, offsets: np.ndarray, stop_words: tuple[str, ...
 def hash_letters(word: str) -> int:
     """The hash by which `_scan_words` knows a stop word."""
     value = int(_BASIS)
-    for byte in word.encode():
-        value = (value ^ byte) * int(_PRIME) & 0xFFFFFFFFFFFFFFFF
+    for char in word:
+        value = (value ^ ord(char)) * int(_PRIME) & 0xFFFFFFFFFFFFFFFF
     return value
 
 
@@ -107,21 +108,18 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
                 i += width
                 continue
             words[count, WORD_START] = i
-            words[count, WORD_EDGES] = STARTS_LOWER if kind & LOWER else 0
-            value, letters = _BASIS, _BASIS
-            chars, breaks, ended, run, alnums = 0, 0, 0, 0, 0
-            seen, full = 0, False
+            edges = STARTS_LOWER if kind & LOWER else 0
+            value, letters, full = _BASIS, _BASIS, False
+            chars, breaks, ended, run, alnums, seen = 0, 0, 0, 0, 0, 0
             while not kind & SPACE:
                 seen |= kind
-                for k in range(i, i + width):
-                    value = (value ^ np.uint64(data[k])) * _PRIME
+                value = (value ^ np.uint64(code)) * _PRIME
                 if kind & ALPHA:
                     if not run:
                         letters = _BASIS
                     run += 1
                     fold = 32 if 65 <= code <= 90 else 0
-                    for k in range(i, i + width):
-                        letters = (letters ^ np.uint64(data[k] + fold)) * _PRIME
+                    letters = (letters ^ np.uint64(code + fold)) * _PRIME
                 elif run:
                     found |= _match(letters, wanted)
                     run = 0
@@ -144,9 +142,9 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
             if run:
                 found |= _match(letters, wanted)
             words[count, WORD_STOP], words[count, WORD_CHARS] = i, chars
-            words[count, WORD_BREAKS] = breaks
             if ended:
-                words[count, WORD_EDGES] |= ENDS_SENTENCE | (ENDS_IN_STOP if full else 0)
+                edges |= ENDS_SENTENCE | (ENDS_IN_STOP if full else 0)
+            words[count, WORD_BREAKS], words[count, WORD_EDGES] = breaks, edges
             hashes[count] = mix(value)
             count += 1
             total[INK] += chars
@@ -159,10 +157,12 @@ def _scan_words(data, offsets, classes, wanted, words, hashes, word_offsets, tot
 
 @kernel
 def _match(letters, wanted):
-    """The bit of the stop word with this hash, or 0."""
-    for k in range(len(wanted)):
+    """The bit of the stop word with this hash, or 0; `wanted[0]` has a bit for every low part."""
+    if not wanted[0] >> (letters & np.uint64(63)) & np.uint64(1):
+        return np.uint64(0)
+    for k in range(1, len(wanted)):
         if wanted[k] == letters:
-            return np.uint64(1) << np.uint64(k)
+            return np.uint64(1) << np.uint64(k - 1)
     return np.uint64(0)
 
 
