@@ -141,6 +141,17 @@ class MathsRules(Section):
     """Largest share of digits among non-space characters: longer ones are tables."""
 
 
+LANGUAGES = (
+    "af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he "
+    "hi hr ht hu hy id ig is it ja jv ka kk km kn ko ku ky la lg ln lo lt lv mg mk ml mn mr ms my "
+    "ne nl no om or pa pl ps pt qu ro ru sa si sk sl so sq sr sv sw ta te th tl tr ug uk ur uz vi "
+    "xh yo zh zu zxx ace bcl dz ext gcf gom grc gug hbo kik nso pcm rw se sn st an ary crh fo fuv "
+    "gcr guw kab lb lij ltg uzs wa sdh arz ba mt nn oc tg tk tt vec vo wuu yue und"
+)
+"""Codes of the languages that are told apart: ISO 639-1, or 639-3 where there is none; `zxx` is no
+language, `und` is nothing to go by."""
+
+
 class LanguageRules(Section):
     """Which languages are kept; needs `signals.language`."""
 
@@ -148,6 +159,18 @@ class LanguageRules(Section):
     """ISO 639 codes of the languages to keep; all when empty."""
     min_confidence: Share | None = 0.65
     """Least probability of the language (FineWeb's threshold; Penedo et al. 2024, section 3.2)."""
+
+    @model_validator(mode="after")
+    def _check_allowed(self) -> LanguageRules:
+        known = LANGUAGES.split()
+        for code in self.allowed:
+            if code not in known:
+                near = [other for other in known if other[0] == code[:1].lower()]
+                raise ValueError(
+                    f"allowed: {code!r} is no language that is told apart; with that letter "
+                    f"there are {', '.join(near) or 'none'}"
+                )
+        return self
 
 
 class BlocklistRules(Section):

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pytest
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from raylign.config import QualityConfig
+from raylign.config.quality import LANGUAGES
 from raylign.data.quality.language import HEAD_BYTES, identify
 
 TEXTS = {
@@ -64,6 +66,12 @@ def test_parity_with_py3langid(peer: LanguageIdentifier) -> None:
         ranked = dict(peer.rank(text))
         assert value == pytest.approx(expected, rel=1e-3)
         assert language == wanted or ranked[language] == pytest.approx(expected, rel=1e-3)
+
+
+def test_codes_of_the_configuration_are_those_of_the_model(peer: LanguageIdentifier) -> None:
+    assert set(LANGUAGES.split()) == {*peer.nb_classes, "und"}
+    with pytest.raises(ValueError, match=r"'eng' is no language .* there are el, en, eo"):
+        QualityConfig.model_validate({"language": {"allowed": ["de", "eng"]}})
 
 
 def test_only_the_head_counts_and_no_character_is_split(peer: LanguageIdentifier) -> None:

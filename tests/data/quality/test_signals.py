@@ -16,7 +16,7 @@ from raylign.config import SignalsConfig
 from raylign.data.quality import signals
 from raylign.data.quality.characters import CLOSERS, NOT_MATHS, TERMINALS
 from raylign.data.quality.lines import BULLETS, COMMENTS, PHRASES
-from raylign.data.quality.signals import COUNTS, METRICS, measure
+from raylign.data.quality.signals import COUNTS, EXTRAS, METRICS, measure
 
 STOP = ("the", "be", "to", "of", "and", "that", "have", "with")
 
@@ -258,6 +258,16 @@ def test_no_rows_and_a_null() -> None:
     assert len(empty) == 0 and set(empty.column_names) == set(METRICS)
     table = pa.table({"text": pa.array([None, "ab"], pa.large_string()), "url": [None, None]})
     assert measure(table, SignalsConfig(language=False))["chars"].to_pylist() == [0, 2]
+
+
+def test_columns_on_request_have_one_schema() -> None:
+    config = SignalsConfig(language=True, pii=True)
+    some = measure(build_table(["Write to a.b@c.org, please, and you will hear from us."]), config)
+    none = measure(build_table([]), config)
+    assert none.schema == some.schema
+    assert set(some.column_names) < {*METRICS, *EXTRAS}
+    row = some.to_pylist()[0]
+    assert (row["language"], row["pii_mails"], row["pii_ips"]) == ("en", 1, 0)
 
 
 def test_stop_words_and_short_lines_are_chosen() -> None:

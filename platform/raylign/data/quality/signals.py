@@ -142,7 +142,7 @@ def _measure_extras(table: pa.Table, words: pa.Array, config: SignalsConfig) -> 
     if config.classifier is not None:
         from raylign.data.quality import classifier
 
-        scores = classifier.load(config.classifier).score(texts.to_pylist())
+        scores = classifier.load(config.classifier).score(texts)
         columns["education_score"] = pa.array(scores, pa.float32())
     if config.pii:
         columns |= {f"pii_{kind}": pa.array(found) for kind, found in count(texts).items()}
