@@ -6,15 +6,18 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from raylign.config import SignalsConfig
+from raylign.config import SignalsConfig, UserError
+from raylign.config.synthesis import FitConfig
 from raylign.data.quality import signals
 from raylign.data.quality.characters import CLOSERS, NOT_MATHS, TERMINALS
+from raylign.data.quality.classifier import Classifier
 from raylign.data.quality.lines import BULLETS, COMMENTS, PHRASES
 from raylign.data.quality.signals import COUNTS, EXTRAS, METRICS, measure
 
@@ -268,6 +271,19 @@ def test_columns_on_request_have_one_schema() -> None:
     assert set(some.column_names) < {*METRICS, *EXTRAS}
     row = some.to_pylist()[0]
     assert (row["language"], row["pii_mails"], row["pii_ips"]) == ("en", 1, 0)
+
+
+def test_the_classifier_scores_every_row(tmp_path: Path) -> None:
+    config = FitConfig(bits=10)
+    weights = np.random.default_rng(0).normal(size=1 << config.bits).astype(np.float32)
+    fitted = Classifier(weights, 2.0, config, {}, "x")
+    fitted.save(tmp_path)
+    texts = ["one word", "another few words here", ""]
+    found = measure(build_table(texts), SignalsConfig(language=False, classifier=tmp_path))
+    assert found["education_score"].type == pa.float32()
+    assert found["education_score"].to_pylist() == fitted.score(texts).tolist()
+    with pytest.raises(UserError):
+        measure(build_table(texts), SignalsConfig(language=False, classifier=tmp_path / "gone"))
 
 
 def test_stop_words_and_short_lines_are_chosen() -> None:

@@ -6,7 +6,6 @@ applied to them again.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,47 +185,3 @@ def _read_column(signals: pa.Table, metric: str, key: str) -> np.ndarray | None:
         raise UserError(f"prepare.quality.{key} needs the signal {metric!r}; give {need}")
     column = signals[metric]
     return column.to_numpy() if pa.types.is_primitive(column.type) else np.empty(0)
-
-
-# What the passes of the first pipeline use, one document at a time.
-
-KEYS = {rule.reason: rule.key for rule in RULES[:5]}
-"""The reasons of `list_reasons`, and the key that sets each threshold."""
-
-_ALPHANUMERIC = re.compile(r"[^\W_]")
-
-
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """What the first five rules look at; see `signals.METRICS`."""
-
-    chars: int
-    alpha_share: float
-    line_repeat_share: float
-    mean_word_chars: float
-
-
-def measure(text: str) -> Metrics:
-    """The metrics of one document."""
-    words = text.split()
-    inked = sum(map(len, words))
-    letters = inked if text.isalnum() else len(_ALPHANUMERIC.findall(text))
-    lines = [line.strip() for line in text.split("\n")]
-    lines = [line for line in lines if line]
-    return Metrics(
-        chars=len(text),
-        alpha_share=letters / inked if inked else 0.0,
-        line_repeat_share=1 - len(set(lines)) / len(lines) if lines else 0.0,
-        mean_word_chars=inked / len(words) if words else 0.0,
-    )
-
-
-def list_reasons(metrics: Metrics, config: QualityConfig) -> list[str]:
-    """Every reason of the first five rules to reject the document, in order."""
-    found = []
-    for reason, key in KEYS.items():
-        value = getattr(metrics, next(rule.metric for rule in RULES if rule.reason == reason))
-        threshold = getattr(config, key)
-        if value < threshold if key.startswith("min_") else value > threshold:
-            found.append(reason)
-    return found
