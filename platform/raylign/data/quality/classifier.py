@@ -242,7 +242,7 @@ def _embed(texts: Texts, config: FitConfig) -> np.ndarray:
     from raylign.data.quality.embedding import embed
 
     assert config.embedding_model is not None
-    rows = texts if isinstance(texts, list) else texts.to_pylist()
+    rows: list[str | None] = [*texts] if isinstance(texts, list) else texts.to_pylist()
     return embed(rows, config.embedding_model, config.embedding_tokens)
 
 
