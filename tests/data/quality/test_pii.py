@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pytest
 
@@ -112,6 +114,28 @@ def test_a_private_key_without_end_goes_with_its_lines() -> None:
     body = "-----BEGIN PRIVATE KEY-----\nMIIEowIBAAKCAQEA7b\nQUJDREVGR0hJSktMTQ\nNot base64 here."
     text, replaced = scrub(body, PiiConfig(secrets=True))
     assert text == "<SECRET>\nNot base64 here." and replaced == {"secrets": 1}
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1 ",
+        "1.",
+        "a@",
+        "a.",
+        "+1 2 3 ",
+        "sk-",
+        "eyJaaaaaaaaa.",
+        "1:",
+        "-----BEGIN PRIVATE KEY-----\n",
+    ],
+)
+def test_time_grows_with_the_text_alone(piece: str) -> None:
+    """Nothing here takes quadratic time: a second would be minutes."""
+    text = "x@" + piece * (300_000 // len(piece)) + "@"
+    started = time.process_time()
+    scrub(text, ALL)
+    assert time.process_time() - started < 20
 
 
 def test_counts_agree_with_scrubbing() -> None:

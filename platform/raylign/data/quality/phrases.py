@@ -55,14 +55,14 @@ def compile_phrases(phrases: Sequence[str], fold: bool = True) -> Automaton:
     moves, shorter = _link(trie, found, width)
     ends = (np.array(found) >= 0) | (shorter > 0)
     order = np.argsort(ends, kind="stable")  # those where a phrase ends come last
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
     return Automaton(
         classes,
-        (place[moves[order]] * width).astype(np.uint32).ravel(),
+        (rank[moves[order]] * width).astype(np.uint32).ravel(),
         int(len(order) - ends.sum()) * width,
         np.array(found, np.int32)[order],
-        place[shorter[order]].astype(np.int32),
+        rank[shorter[order]].astype(np.int32),
         np.array([len(text) for text in encoded], np.int32),
     )
 
