@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -85,7 +85,7 @@ class TeacherPool:
         requests: Iterable[Request[T]],
         sampling: Sampling,
         keep: Callable[[str, Answer], None],
-    ) -> AsyncIterator[tuple[Request[T], Answer]]:
+    ) -> AsyncGenerator[tuple[Request[T], Answer], None]:
         """Every request with its answer, in the order of the requests.
 
         `keep(key, answer)` hears of each new answer as soon as it is there, in any order. Raises

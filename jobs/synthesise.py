@@ -22,6 +22,7 @@ from raylign.data.synthesis.documents import Output, PartWriter, Tally, Teacher
 from raylign.data.synthesis.filters import PROMPT_TOO_LONG, OutputFilter, read_answer
 from raylign.data.synthesis.prompts import (
     DrawnPrompt,
+    Excerpt,
     Material,
     draw_excerpts,
     draw_prompts,
@@ -30,7 +31,7 @@ from raylign.data.synthesis.prompts import (
 from raylign.data.synthesis.styles import choose_styles
 from raylign.inference.generator import Sampling
 from raylign.models.loading import load_config, load_tokenizer
-from raylign.run import Draft, Run, content_hash, write_json
+from raylign.run import Draft, Run, write_json
 from raylign.runtime import derive_seed
 from raylign.tracking import Bar, ProgressBoard
 
@@ -110,7 +111,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         if isinstance(given, Path):
             parents[key] = locate(run, given, "", "", f"synthesise.{key}")[1]
     seed = derive_seed(recipe.seed, "synthesise")
-    teacher = Teacher(path.name, content_hash(model), config.sampling.model_dump())
+    teacher = Teacher(path.name, model_hash, config.sampling.model_dump())
 
     def build(draft: Draft) -> None:
         chat = None if config.prompting == "auto" else config.prompting == "chat"
@@ -136,7 +137,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
 
 def plan_prompts(config: SynthesiseConfig, chat: bool, seed: int) -> Iterator[DrawnPrompt]:
     """The prompts of a recipe, in the order they are asked."""
-    seeds = ()
+    seeds: tuple[Excerpt, ...] = ()
     if config.seeds is not None:
         seeds = draw_excerpts(
             config.seeds, config.seed_documents, config.seed_chars, derive_seed(seed, "seeds")
