@@ -129,7 +129,7 @@ def gather_subjects(
     for number, vocabulary in enumerate(config.compare):
         other = obtain(vocabulary, config, training, f"tokenizer.compare[{number}].")
         made.append((vocabulary, other))
-        bar.update(1 + number)
+        bar.update(2 + number)
     names = [name_vocabulary(vocabulary) for vocabulary, _ in made]
     repeated = {name for name, count in Counter(names).items() if count > 1}
     subjects: list[Subject] = []

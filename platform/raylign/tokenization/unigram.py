@@ -8,10 +8,10 @@ which the trainer of the `tokenizers` library does not promise.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,8 @@ LONGEST = 16
 """Characters of a piece at most."""
 COVERAGE = 0.9995
 """With bytes to fall back on: the share of the text whose characters get entries."""
-MOST_WORDS = 500_000
+MOST_WORDS = 200_000
+"""Different words that pieces are learnt from: the most frequent ones."""
 SEEDS = 8
 """Pieces to begin with for each that is to stay."""
 SHRINK = 0.75
@@ -177,17 +178,24 @@ def _seed(material: _Material, alphabet: Sequence[str], room: int) -> list[str]:
 
 def _find_edges(words: Sequence[str], pieces: Sequence[str]) -> Edges:
     places = {piece: place for place, piece in enumerate(pieces)}
-    first, found = [0], []
+    # Arrays of machine integers: a tuple for each of millions of occurrences would fill memory.
+    first, starts, ends, found = (array(code) for code in "qiii")
+    first.append(0)
     for word in words:
         for start in range(len(word)):
             for end in range(start + 1, min(len(word), start + LONGEST) + 1):
                 place = places.get(word[start:end])
                 if place is not None:
-                    found.append((start, end, place))
+                    starts.append(start)
+                    ends.append(end)
+                    found.append(place)
         first.append(len(found))
-    table = np.fromiter(chain.from_iterable(found), np.int32, 3 * len(found)).reshape(-1, 3)
-    columns = (np.ascontiguousarray(table[:, i]) for i in range(3))
-    return (np.array(first, np.int64), *columns)  # type: ignore[return-value]
+    return (
+        np.array(first, np.int64),
+        np.array(starts, np.int32),
+        np.array(ends, np.int32),
+        np.array(found, np.int32),
+    )
 
 
 def _restrict(edges: Edges, keep: Sequence[int]) -> Edges:
