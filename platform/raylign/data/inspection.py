@@ -166,7 +166,7 @@ def recognise(path: str) -> str:
         return "jsonl"
     if body.startswith(b"[") and body[1:].lstrip()[:1] in (b"{", b"[", b'"'):
         return "a JSON array"
-    return "binary" if b"\0" in head else "text"
+    return "binary" if b"\0" in head or head.startswith(b"\x1f\x8b") else "text"
 
 
 def _read_head(path: str) -> bytes:
@@ -182,7 +182,7 @@ def _read_head(path: str) -> bytes:
             except zlib.error:
                 break
             rest = unpack.unused_data
-        return plain
+        return plain or raw
     if path.endswith((".zst", ".lz4", ".bz2")):
         try:
             with open_plain(path) as stream:

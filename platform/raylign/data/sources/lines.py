@@ -16,7 +16,7 @@ from raylign.config import SourceConfig
 from raylign.data.sources.columns import Columns, pick, require_columns
 from raylign.data.sources.cuts import Slice
 from raylign.data.sources.rows import Row, accept, describe, reject
-from raylign.data.sources.storage import Stored, open_stored
+from raylign.data.sources.storage import Stored, is_url, open_stored
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 _CODECS = {".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
@@ -31,7 +31,7 @@ PEEKED_LINES = 100
 
 def read(part: Slice) -> Iterator[Row]:
     """Rows of a slice of kind `jsonl` or `text`."""
-    whole = part.path.endswith(COMPRESSED)
+    whole = part.name.endswith(COMPRESSED)
     with open_plain(part.path) as stream:
         found = _read_lines(stream, part.start, None if whole else part.stop, part.max_record_bytes)
         if part.kind == "jsonl":
@@ -42,10 +42,11 @@ def read(part: Slice) -> Iterator[Row]:
 
 def open_plain(path: str) -> IO[bytes]:
     """The bytes of a file, decompressed by its name's ending."""
-    if path.endswith(".gz"):
+    name = path.partition("?")[0] if is_url(path) else path
+    if name.endswith(".gz"):
         return cast(IO[bytes], gzip.open(open_stored(path)))
     for ending, codec in _CODECS.items():
-        if path.endswith(ending):
+        if name.endswith(ending):
             packed = pa.PythonFile(open_stored(path), mode="r")
             return cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(packed, codec)))
     return open_stored(path)

@@ -68,7 +68,7 @@ def _list(given: str, suffixes: tuple[str, ...], key: str) -> list[Stored]:
     system, root, url = _locate(base)
     info = system.get_file_info(root)
     if info.type == fs.FileType.File and pattern is None:
-        return [_describe(info, url, base.rstrip("/").rpartition("/")[2])]
+        return [_describe(info, base if is_url(base) else url, root.rpartition("/")[2])]
     if info.type == fs.FileType.NotFound:
         raise UserError(f"{key}.path={given}: no such file or directory; correct the path")
     found = []
@@ -78,7 +78,7 @@ def _list(given: str, suffixes: tuple[str, ...], key: str) -> list[Stored]:
             continue
         name = entry.path[len(root.rstrip("/")) + 1 :]
         if matcher.fullmatch(name) if matcher else name.endswith(suffixes):
-            place = f"{url}/{quote(name)}" if is_url(url) else f"{url}/{name}"
+            place = _join(base, name) if is_url(base) else f"{url}/{name}"
             found.append(_describe(entry, place, name))
     if not found and matcher:
         raise UserError(f"{key}.path={given}: matches no file; correct the pattern")
@@ -86,6 +86,12 @@ def _list(given: str, suffixes: tuple[str, ...], key: str) -> list[Stored]:
         wanted = " or ".join(suffixes)
         raise UserError(f"{key}.path={given}: holds no {wanted} file; correct path or kind")
     return sorted(found, key=lambda file: file.name)
+
+
+def _join(url: str, name: str) -> str:
+    """The URL of a file below a URL, whose query stays at the end."""
+    place, mark, query = url.partition("?")
+    return f"{place.rstrip('/')}/{quote(name)}{mark}{query}"
 
 
 def _describe(info: fs.FileInfo, place: str, name: str) -> Stored:
@@ -96,7 +102,7 @@ def _split_glob(given: str) -> tuple[str, str | None]:
     """(what stands before the first wild component, the pattern below it or None)."""
     if not _WILD.search(given) or (not is_url(given) and Path(given).exists()):
         return given, None
-    if "?" in given and is_url(given) and not _WILD.search(given.partition("?")[0]):
+    if is_url(given) and "=" in given.partition("?")[2]:
         return given, None  # the query of a URL, as in s3://bucket/dir?region=eu-west-1
     parts = given.split("/")
     wild = next(number for number, part in enumerate(parts) if _WILD.search(part))
@@ -127,10 +133,10 @@ def _translate(pattern: str) -> str:
 
 
 def _locate(base: str) -> tuple[fs.FileSystem, str, str]:
-    """(file system, path inside it, path or URL that files are named below)."""
+    """(file system, path inside it, the same as it is written before a file's name)."""
     if is_url(base):
         system, root = fs.FileSystem.from_uri(base)
-        return system, root, base.rstrip("/")
+        return system, root, root
     root = Path(base).resolve().as_posix()
     return fs.LocalFileSystem(), root, "" if root == "/" else root
 
