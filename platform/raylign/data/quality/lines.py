@@ -69,6 +69,7 @@ PHRASES = {
 """What lines are searched for, in any case: C4's lists, and marks of generators."""
 
 C4_MIN_WORDS, C4_MAX_WORD_CHARS, HEAD_LINES = 3, 1000, 5
+_SHARES = 9  # of NAMES
 _JAVASCRIPT, _POLICY, _LOREM, _GENERATED = (np.uint64(1 << bit) for bit in range(4))
 _BULLETS = np.array([ord(char) for char in BULLETS], np.int64)
 _DOT, _ELLIPSIS = ord("."), ord("\u2026")
@@ -87,19 +88,20 @@ def measure_lines(data: np.ndarray, spans: Spans, short_chars: int) -> np.ndarra
     automaton, bits = _compile_marks()
     lines = spans.lines
     marks = mark_spans(data, lines[:, LINE_START], lines[:, LINE_STOP], automaton, bits)
-    result = np.zeros((len(spans.line_offsets) - 1, len(NAMES)))
-    _count_lines(data, lines, spans.line_offsets, marks, classify_characters(), short_chars, result)
+    counts = np.zeros((len(spans.line_offsets) - 1, len(NAMES)), np.int64)
+    _count_lines(data, lines, spans.line_offsets, marks, classify_characters(), short_chars, counts)
+    result = counts.astype(np.float64)
+    result[:, :_SHARES] /= np.maximum(np.diff(spans.line_offsets), 1)[:, None]
     return result
 
 
 @kernel
-def _count_lines(data, lines, offsets, marks, classes, short_chars, result):
+def _count_lines(data, lines, offsets, marks, classes, short_chars, counts):
     for document in range(len(offsets) - 1):
         first, last = offsets[document], offsets[document + 1]
-        row = result[document]
         for place in range(first, last):
-            line, mark = lines[place], marks[place]
-            start, stop = line[LINE_START], line[LINE_STOP]
+            start, stop = lines[place, LINE_START], lines[place, LINE_STOP]
+            mark, sentences = marks[place], lines[place, LINE_SENTENCES]
             head, _ = read_character(data, start)
             tail, _ = _read_last(data, stop)
             kind = classes[tail] if tail < LIMIT else 0
@@ -108,25 +110,23 @@ def _count_lines(data, lines, offsets, marks, classes, short_chars, result):
             ends = kind & (TERMINAL | CLOSER) != 0 and not dots and not _is_bracket(tail)
             keeps = (
                 ends
-                and line[LINE_WORDS] >= C4_MIN_WORDS
-                and line[LINE_LONGEST] <= C4_MAX_WORD_CHARS
+                and lines[place, LINE_WORDS] >= C4_MIN_WORDS
+                and lines[place, LINE_LONGEST] <= C4_MAX_WORD_CHARS
                 and mark & (_JAVASCRIPT | _POLICY) == 0
             )
-            row[0] += _contains(_BULLETS, head)
-            row[1] += dots or tail == _ELLIPSIS
-            row[2] += ends
-            row[3] += mark & _JAVASCRIPT != 0
-            row[4] += mark & _POLICY != 0
-            row[5] += keeps
-            row[6] += kind & TERMINAL != 0
-            row[7] += line[LINE_CHARS] <= short_chars
-            row[8] += _is_comment(data, start, stop)
-            row[9] += line[LINE_SENTENCES]
-            row[10] += line[LINE_SENTENCES] if keeps else 0
-            row[11] += mark & _LOREM != 0
-            row[12] += place - first < HEAD_LINES and mark & _GENERATED != 0
-        if last > first:
-            row[:9] /= last - first
+            counts[document, 0] += _contains(_BULLETS, head)
+            counts[document, 1] += dots or tail == _ELLIPSIS
+            counts[document, 2] += ends
+            counts[document, 3] += mark & _JAVASCRIPT != 0
+            counts[document, 4] += mark & _POLICY != 0
+            counts[document, 5] += keeps
+            counts[document, 6] += kind & TERMINAL != 0
+            counts[document, 7] += lines[place, LINE_CHARS] <= short_chars
+            counts[document, 8] += _is_comment(data, start, stop)
+            counts[document, 9] += sentences
+            counts[document, 10] += sentences if keeps else 0
+            counts[document, 11] += mark & _LOREM != 0
+            counts[document, 12] += place - first < HEAD_LINES and mark & _GENERATED != 0
 
 
 @kernel
