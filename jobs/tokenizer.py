@@ -93,7 +93,7 @@ def train(
         comparisons = compare(subjects, sample)
         curves = trace_curves(config, subjects, training, sample)
         bar.update(steps)
-    write_comparison(config, subjects, comparisons, curves, sample, directory)
+    write_comparison(config, subjects, comparisons, curves, sample, held > 0, directory)
     speeds = [time_encoding(subject, sample) for subject in subjects]
     show(comparisons, speeds, board)
     return {"vocab_size": len(tokenizer)} | {
@@ -178,6 +178,7 @@ def write_comparison(
     comparisons: Sequence[Comparison],
     curves: dict[str, list[tuple[int, float]]],
     sample: Sequence[Excerpt],
+    held_out: bool,
     directory: Path,
 ) -> None:
     """`comparison.json`, a row a tokenizer, and `comparison.html`."""
@@ -188,12 +189,21 @@ def write_comparison(
         parameters, share = cost_embedding(comparison.vocab_size, config.hidden_size, config.layers)
         rows.append(
             comparison.describe()
+            | {"held_out": held_out}
             | {"embedding": {"parameters": parameters, "share": round(share, 4)}}
             | {"curve": curves.get(comparison.name, [])}
             | {"paragraph": [asdict(piece) for piece in pieces[comparison.name]]}
         )
     write_json(directory / "comparison.json", rows)
-    findings = Findings(comparisons, curves, paragraph, pieces, config.hidden_size, config.layers)
+    findings = Findings(
+        comparisons,
+        curves,
+        paragraph,
+        pieces,
+        config.hidden_size,
+        config.layers,
+        held_out,
+    )
     (directory / "comparison.html").write_text(render(findings), encoding="utf-8")
 
 

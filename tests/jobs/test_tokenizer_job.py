@@ -74,7 +74,7 @@ def test_everything_is_compared(ray_cluster: None, corpus: Path, tmp_path: Path)
     assert [row["name"] for row in rows] == ["bpe 400", "unigram", "char", "bpe 330", "other"]
     assert [row["vocab_size"] for row in rows[:2]] == [400, 400] and rows[4]["vocab_size"] == 450
     for row in rows:
-        assert row["documents"] == 4 and list(row["languages"]) == ["de", "en"]
+        assert row["documents"] == 4 and row["held_out"] and list(row["languages"]) == ["de", "en"]
         parts = row["domains"].values()
         assert sum(part["tokens"] for part in parts) == row["tokens"]
         embedding = row["vocab_size"] * 64
@@ -102,6 +102,15 @@ def test_the_default_is_what_it_was(ray_cluster: None, corpus: Path, tmp_path: P
     assert [row["name"] for row in rows] == ["bpe", "characters", "words"]
     section = build_section(read_findings(tmp_path / "run", None))
     assert section is not None and len(section.blocks) == 2
+
+
+def test_too_few_documents_to_hold_some_out(
+    ray_cluster: None, corpus: Path, tmp_path: Path
+) -> None:
+    stage, _ = go(tmp_path / "run", corpus, sample_documents=40, vocab_size=300)
+    rows = json.loads((stage.path / "comparison.json").read_text())
+    assert {(row["documents"], row["held_out"]) for row in rows} == {(40, False)}
+    assert "these numbers flatter" in (stage.path / "comparison.html").read_text()
 
 
 @pytest.mark.parametrize(

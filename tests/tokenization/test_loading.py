@@ -16,7 +16,7 @@ from raylign.config.tokenizer import VocabularyConfig
 from raylign.data.textbook.arithmetic import write_textbook
 from raylign.models.loading import load_tokenizer, require_chat_template
 from raylign.tokenization.loading import equip, find_local, load
-from raylign.tokenization.ranks import PATTERNS, Ranks, convert, read_ranks, spell_bytes
+from raylign.tokenization.ranks import ENCODINGS, PATTERNS, Ranks, convert, read_ranks, spell_bytes
 from raylign.tokenization.special import SPECIAL
 from raylign.tokenization.train import train_bpe
 from raylign.tokenization.unigram import train_unigram
@@ -80,19 +80,42 @@ def test_ids_are_those_of_tiktoken(pattern: str, rank_file: Path, tmp_path: Path
     assert converted.eos_token_id == 696
 
 
-def test_the_patterns_are_those_of_tiktoken(rank_file: Path) -> None:
-    """Where its own source spells them out, they cut alike."""
-    from tiktoken_ext.openai_public import r50k_pat_str
+@pytest.fixture
+def fetched(rank_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken with ranks from here in place of those that it would download."""
+    from tiktoken import registry
+    from tiktoken_ext import openai_public
 
-    ranks = read_ranks(rank_file, "gpt2")
-    theirs = build_encoding(Ranks("theirs", r50k_pat_str, ranks.ranks, {}))
-    ours = build_encoding(ranks)
+    own = dict(read_ranks(rank_file).ranks)
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: own)
+    monkeypatch.setattr(registry, "ENCODINGS", {})
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_the_patterns_are_those_of_tiktoken(name: str, fetched: None, rank_file: Path) -> None:
+    from tiktoken_ext import openai_public
+
+    theirs = getattr(openai_public, name)()["pat_str"]
+    ranks = read_ranks(rank_file, ENCODINGS[name])
+    ours, original = (
+        build_encoding(Ranks("x", pattern, ranks.ranks, {})) for pattern in (ranks.pattern, theirs)
+    )
     for text in draw_texts():
-        assert theirs.encode_ordinary(text) == ours.encode_ordinary(text)
+        assert ours.encode_ordinary(text) == original.encode_ordinary(text), repr(text)
+
+
+def test_an_encoding_by_name(fetched: None) -> None:
+    """cl100k_base: its special tokens keep their ids, and 16 ids between them have no token."""
+    loaded = load(VocabularyConfig(load="tiktoken:cl100k_base"), PAGES)
+    encoding = tiktoken.get_encoding("cl100k_base")
+    assert len(loaded) == encoding.n_vocab == 100_277
+    text = "What's <|fim_prefix|>1234?<|endofprompt|><|endoftext|>"
+    assert loaded(text)["input_ids"] == encoding.encode(text, allowed_special="all")
+    assert loaded.eos_token_id == encoding.eot_token == 100_257
 
 
 def test_ids_between_ranks_and_special_tokens_are_filled(rank_file: Path) -> None:
-    """cl100k_base has 16 ids without a token, which an embedding needs rows for all the same."""
+    """An embedding needs rows for them all the same."""
     ranks = read_ranks(rank_file)
     gaps = Ranks("gaps", ranks.pattern, ranks.ranks, {"<|endoftext|>": 700, "<|fim|>": 705})
     converted = convert(gaps, PAGES)

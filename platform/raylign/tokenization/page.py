@@ -48,6 +48,8 @@ class Findings:
     """By name: `paragraph` in tokens."""
     hidden_size: int
     layers: int
+    held_out: bool = True
+    """The documents were kept from training."""
 
 
 def render(findings: Findings) -> str:
@@ -85,10 +87,13 @@ def render(findings: Findings) -> str:
 
 def _render_head(findings: Findings) -> str:
     own = findings.comparisons[0]
+    kept = "which no tokenizer trained here has seen"
+    if not findings.held_out:
+        kept = "too few to keep some from training, so that these numbers flatter"
     lead = (
         f"Models read tokens, not letters. {own.name} holds {own.scores.bytes_per_token:.2f} bytes "
-        f"of text in a token; below, the same {own.scores.documents:,} documents, which no "
-        "tokenizer trained here has seen, in the tokens of each."
+        f"of text in a token; below, the same {own.scores.documents:,} documents, {kept}, in the "
+        "tokens of each."
     )
     return element(
         "header",
