@@ -144,7 +144,8 @@ def _score(
         best[row], confidence[row] = -1, 0.0
         if not found:
             continue
-        scores[:] = bias
+        for c in range(len(bias)):
+            scores[c] = bias[c]
         for k in range(found):
             feature = touched[k]
             scale = np.float32(np.log1p(np.float32(counts[feature]))) * unit
@@ -156,7 +157,9 @@ def _score(
 
 @kernel
 def _decide(scores, owners, length, row, best, confidence):
-    most = scores.max()
+    most = scores[0]
+    for c in range(len(scores)):
+        most = max(most, scores[c])
     scale = np.float32(1.0 / np.sqrt(length))
     total = np.float32(0.0)
     for c in range(len(scores)):
