@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from raylign.data.corpus.funnel import STEPS
 from raylign.data.report.blocks import (
     Card,
     Cards,
@@ -19,6 +20,7 @@ from raylign.data.report.blocks import (
     Reason,
     Shown,
     Step,
+    visible,
 )
 from raylign.data.report.plots import Histogram, Mark
 from raylign.evaluation.report.corpora import STEP_NAMES
@@ -30,6 +32,7 @@ Data = Mapping[str, Any]
 GROUP_TITLES = {"sources": "Sources", "domains": "Domains", "languages": "Languages"}
 # Rows of a group in the open.
 OPEN_ROWS = 15
+NAME_CHARS = 60
 DUPLICATES = {"exact_duplicate", "near_duplicate"}
 CUTS = {
     "held_out_line": "Lines that held an evaluation item",
@@ -52,6 +55,12 @@ REMOVED = {
 def spell(name: str) -> str:
     """A reason or a kind as words."""
     return name.replace("_", " ")
+
+
+def clip(name: str) -> str:
+    """A name that fits into a column."""
+    name = visible(name)
+    return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def list_targets(data: Data) -> dict[str, str]:
@@ -138,7 +147,7 @@ def _plot_lengths(lengths: Mapping[str, Mapping[str, int]]) -> tuple[Histogram, 
             x_label="characters",
             color="bad",
         )
-        for step in lengths
+        for step in [*(s for s in STEPS if s in lengths), *sorted(lengths.keys() - set(STEPS))]
         if step
     ]
     return (everything, *gone)
@@ -149,7 +158,7 @@ def build_composition(data: Data, targets: Mapping[str, str]) -> Chapter | None:
     blocks: list[Shown] = []
     for name, title in GROUP_TITLES.items():
         rows = data["groups"][name]
-        if not rows:
+        if not rows or (name == "domains" and _repeat(rows, data["groups"]["sources"])):
             continue
         blocks.append(Text(title, heading=True))
         total = sum(row["chars"] for row in rows)
@@ -164,11 +173,19 @@ def build_composition(data: Data, targets: Mapping[str, str]) -> Chapter | None:
     return Chapter("composition", "Composition", lead, tuple(blocks))
 
 
+def _repeat(domains: list[Data], sources: list[Data]) -> bool:
+    """Whether each source is its own domain, so that its rows say nothing new."""
+    names = ("name", "documents", "chars")
+    return [[row[n] for n in names] for row in domains] == [
+        [row[n] for n in names] for row in sources
+    ]
+
+
 def _compose_row(row: Data, total: int) -> tuple[Cell, ...]:
     kept = row["documents"] / row["read"] if row["read"] else 0.0
     share = row["chars"] / total if total else 0.0
     return (
-        Cell(row["name"]),
+        Cell(clip(row["name"])),
         Cell(f"{row['read']:,}"),
         Cell(f"{row['documents']:,}", tone="plain" if row["documents"] else "muted"),
         Cell(show_percent(kept), share=kept, color="rl"),
@@ -193,8 +210,11 @@ def build_duplicates(data: Data, targets: Mapping[str, str]) -> Chapter | None:
         Fact("Clusters", f"{sum(clusters.values()):,}", "kept documents that stand for others"),
         Fact("Duplicates", f"{dropped:,}", "documents that have a kept one like them"),
         Fact("Largest cluster", f"{max(clusters, default=0):,}", "documents"),
-        Fact("Compared", f"{found.get('candidates', 0):,}", "pairs that share a band"),
-        Fact("Verified", f"{found.get('verified', 0):,}", "of them similar enough"),
+        Fact(
+            "Similar pairs",
+            f"{found.get('verified', 0):,}",
+            f"verified, of {found.get('candidates', 0):,} that share a band",
+        ),
     )
     plots = [p for p in (_plot_clusters(clusters), _plot_similarity(data)) if p is not None]
     blocks: list[Shown] = [Facts(facts)]
@@ -215,7 +235,7 @@ def build_duplicates(data: Data, targets: Mapping[str, str]) -> Chapter | None:
 
 
 def _plot_clusters(clusters: Mapping[int, int]) -> Histogram | None:
-    if not clusters:
+    if len(clusters) < 2:
         return None
     largest = max(clusters)
     whole = largest <= 20
@@ -302,7 +322,7 @@ def build_evaluation(data: Data, targets: Mapping[str, str]) -> Chapter | None:
         most = ", ".join(f"{m['item']} in {m['documents']:,}" for m in task["most"][:3])
         rows.append(
             (
-                Cell(_name_task(task["task"]), note=_count_items(task)),
+                Cell(clip(_name_task(task["task"])), note=_count_items(task)),
                 Cell(f"{task['items']:,}"),
                 Cell(f"{task['occurred']:,}", tone="bad" if task["occurred"] else "muted"),
                 Cell(show_percent(share), share=share, color="bad"),

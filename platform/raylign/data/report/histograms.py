@@ -16,7 +16,8 @@ BARS = 40
 _MANY_ZEROS = 0.5
 # Whole numbers up to here get a bar each.
 _FEW_VALUES = 30
-_TAIL = 0.995
+# Bars end at this quantile, unless what is beyond it is near.
+_TAIL, _NEAR = 0.995, 1.25
 
 
 def bin_values(
@@ -44,7 +45,9 @@ def bin_values(
 
 
 def _choose_edges(values: np.ndarray, marks: Sequence[float], whole: bool) -> np.ndarray:
-    low, high = float(values.min()), float(np.quantile(values, _TAIL))
+    low, high, top = float(values.min()), float(np.quantile(values, _TAIL)), float(values.max())
+    if top <= _NEAR * high:
+        high = top
     low, high = min([low, *marks]), max([high, *marks])
     if whole:
         if high - low <= _FEW_VALUES:

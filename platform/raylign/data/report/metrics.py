@@ -182,7 +182,10 @@ def _try_rules(
             faults += mask
             masks[rule.reason] = mask
         shown = _pick_common(thresholds, sizes)
-        rows.append(_describe_rule(rule, least, on, shown, mask, columns[rule.metric]))
+        varies = len(set(thresholds)) > 1
+        rows.append(
+            _describe_rule(rule, least, on, shown, mask, columns[rule.metric]) | {"varies": varies}
+        )
     languages = _judge_languages(tables, judges)
     if languages is not None:
         mask, allowed = languages

@@ -132,8 +132,10 @@ def _list_facts(data: Data) -> tuple[Fact, ...]:
     if head["kept"] is not None:
         chars = f"{show_count(head['kept_chars'])} characters"
         facts.append(Fact("Documents kept", show_count(head["kept"]), chars))
-    for name, tokens in (head["tokens"] or {}).items():
-        facts.append(Fact(f"{name.capitalize()} tokens", show_count(tokens), "in shards"))
+    tokens = head["tokens"] or {}
+    if "train" in tokens:
+        note = f"and {show_count(tokens.get('validation', 0))} for validation"
+        facts.append(Fact("Tokens to train on", show_count(tokens["train"]), note))
     return tuple(facts)
 
 

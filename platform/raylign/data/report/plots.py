@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylign.evaluation.report.figures import show_count, show_number, show_percent
 from raylign.evaluation.report.markup import color, element, plain, text
+from raylign.evaluation.report.plots import choose_ticks
 
 WIDTH, HEIGHT = 360.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 12.0, 12.0, 28.0, 34.0
@@ -20,6 +22,8 @@ class Mark:
 
     value: float
     label: str
+    least: bool = False
+    """It passes itself and what is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +121,42 @@ def show_edge(value: float) -> str:
 
 
 def _draw_ticks(histogram: Histogram, each: float) -> list[str]:
-    bars = len(histogram.counts)
-    stride = max(1, math.ceil(bars / TICKS))
-    shift = each / 2 if histogram.whole else 0.0
     parts = []
-    for number in range(0, bars + (0 if histogram.whole else 1), stride):
-        x = LEFT + number * each + shift
-        label = show_edge(histogram.edges[number])
-        anchor = "start" if number == 0 and not histogram.whole else "middle"
+    for tick in choose_edges(histogram.edges, histogram.whole):
+        at = _locate(histogram.edges, tick, histogram.whole)
+        x = LEFT + at * each
+        anchor = "start" if at == 0 else "end" if at == len(histogram.counts) else "middle"
         spot = {"x": x, "y": HEIGHT - BOTTOM + 15, "text_anchor": anchor}
-        parts.append(text("text", label, class_="tick", **spot))
+        parts.append(text("text", show_edge(tick), class_="tick", **spot))
     middle = {"x": WIDTH / 2, "y": HEIGHT - 4, "text_anchor": "middle"}
     parts.append(text("text", histogram.x_label, class_="axis", **middle))
     return parts
+
+
+def choose_edges(edges: Sequence[float], whole: bool) -> list[float]:
+    """About six round numbers on an axis between `edges`, linear or not."""
+    bars = len(edges) - 1
+    if whole:
+        stride = max(1, math.ceil(bars / TICKS))
+        return list(edges[:bars:stride])
+    sizes = [high - low for low, high in itertools.pairwise(edges)]
+    if max(sizes) < 1.01 * min(sizes):
+        return [t for t in choose_ticks(edges[0], edges[-1], TICKS) if edges[0] <= t <= edges[-1]]
+    powers = [10.0**n for n in range(13) if edges[0] <= 10.0**n <= edges[-1]]
+    if len(powers) < 3:
+        powers = sorted(
+            {*powers, *(5 * p for p in [0.1, *powers] if edges[0] <= 5 * p <= edges[-1])}
+        )
+    return [*([0.0] if edges[0] == 0 else []), *powers]
 
 
 def _draw_marks(histogram: Histogram, each: float) -> list[str]:
     """Thresholds where they fall among the edges; labels point away from the middle."""
     parts = []
     for number, mark in enumerate(histogram.marks):
-        x = LEFT + _locate(histogram.edges, mark.value, histogram.whole) * each
+        # Between the bars of whole numbers that it tells apart.
+        shift = 0.0 if not histogram.whole else -0.5 if mark.least else 0.5
+        x = LEFT + (_locate(histogram.edges, mark.value, histogram.whole) + shift) * each
         near_right = x > WIDTH * 0.6
         spot = {"x": x - 4 if near_right else x + 4, "y": TOP + 8 + 13 * number}
         anchor = "end" if near_right else "start"
@@ -147,9 +167,11 @@ def _draw_marks(histogram: Histogram, each: float) -> list[str]:
 
 def _locate(edges: Sequence[float], value: float, whole: bool) -> float:
     """Position of a value on the axis, in bars; a whole number is in the middle of its bar."""
-    if value <= edges[0]:
+    if value < edges[0]:
         return 0.0
     for number in range(len(edges) - 1):
         if value < edges[number + 1]:
+            if whole:
+                return number + 0.5
             return number + (value - edges[number]) / (edges[number + 1] - edges[number])
     return float(len(edges) - 1)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from raylign.data.report.blocks import Card, Cards, Chapter, Fold, Histograms, Shown
-from raylign.data.report.corpus_chapters import CUTS, DUPLICATES, Data, show_origin, spell
+from raylign.data.report.corpus_chapters import CUTS, DUPLICATES, Data, clip, show_origin, spell
 from raylign.data.report.material import STAGES
 from raylign.data.report.plots import Histogram, Mark, show_edge
 from raylign.evaluation.report.document import Cell, Code, Fact, Facts, Table, Text
@@ -21,6 +21,7 @@ from raylign.evaluation.report.figures import (
 )
 
 HASH_CHARS = 12
+OPEN_PLOTS = 9
 
 
 def build_rules(data: Data, targets: Mapping[str, str]) -> Chapter | None:
@@ -37,15 +38,24 @@ def build_rules(data: Data, targets: Mapping[str, str]) -> Chapter | None:
     blocks: list[Shown] = []
     if on:
         on.sort(key=lambda rule: (-(rule["rejects"] or 0), rule["reason"]))
-        blocks.append(_tabulate_rules(on, found["documents"]))
-        blocks.append(Text("Metrics that a rule looks at", heading=True))
-        blocks.append(Histograms(tuple(plot for name, plot in plots.items() if name in used)))
+        idle = [rule for rule in on if not rule["rejects"]]
+        busy = on[: len(on) - len(idle)]
+        if busy:
+            blocks.append(_tabulate_rules(busy, found["documents"]))
+        if idle:
+            title = f"{len(idle)} rules that reject nothing"
+            blocks.append(Fold(title, (_tabulate_rules(idle, found["documents"]),)))
     if off:
         title = f"{len(off)} rules that are off, tried at their defaults"
         blocks.append(Fold(title, (_tabulate_rules(off, found["documents"]),)))
-    rest = tuple(plot for name, plot in plots.items() if name not in used)
+    first = [name for name in dict.fromkeys(rule["metric"] for rule in on) if name in plots]
+    rest = [name for name in plots if name not in first[:OPEN_PLOTS]]
+    if first:
+        blocks.append(Text("Metrics whose rules reject most", heading=True))
+        blocks.append(Histograms(tuple(plots[name] for name in first[:OPEN_PLOTS])))
     if rest:
-        blocks.append(Fold(f"{len(rest)} other metrics", (Histograms(rest),)))
+        more = Histograms(tuple(plots[name] for name in rest))
+        blocks.append(Fold(f"{len(rest)} {'other' if first else 'measured'} metrics", (more,)))
     lead = "Metrics were measured once, of every document that was read. "
     if found["documents"] < found["of"]:
         lead += (
@@ -54,6 +64,8 @@ def build_rules(data: Data, targets: Mapping[str, str]) -> Chapter | None:
         )
     else:
         lead += "Other thresholds take effect without measuring again."
+    if any(metric["histogram"]["kept"] for metric in found["metrics"]):
+        lead += " Plots tell documents that stayed to the end from those that left at any step."
     return Chapter("rules", "Rules and thresholds", lead, tuple(blocks))
 
 
@@ -67,8 +79,11 @@ def _tabulate_rules(rules: list[Any], documents: int) -> Table:
         only = rule["only"]
         rows.append(
             (
-                Cell(spell(rule["reason"]), note=rule["key"]),
-                Cell(_show_threshold(rule["threshold"], sign)),
+                Cell(rule["key"], note=_name_reason(rule)),
+                Cell(
+                    _show_threshold(rule["threshold"], sign),
+                    note="or by source" if rule.get("varies") else "",
+                ),
                 Cell("no default", tone="muted")
                 if rejects is None
                 else Cell(
@@ -89,6 +104,13 @@ def _tabulate_rules(rules: list[Any], documents: int) -> Table:
     )
 
 
+def _name_reason(rule: Data) -> str:
+    """The reason that documents leave with, unless the key says it already."""
+    section, _, name = rule["key"].rpartition(".")
+    derived = "_".join((*([section] if section else []), name.partition("_")[2]))
+    return "" if rule["reason"] == derived else spell(rule["reason"])
+
+
 def _show_threshold(value: Any, sign: str) -> str:
     if value is None:
         return ""
@@ -102,8 +124,10 @@ def _plot_metric(metric: Data, rules: list[Data], data: Data) -> Histogram:
     marks = []
     for rule in sorted(rules, key=lambda rule: rule["threshold"]):
         side = "at least" if rule["least"] else "at most"
-        marks.append(Mark(float(rule["threshold"]), f"{side} {show_edge(rule['threshold'])}"))
-    said = [f"{metric['meaning'].capitalize()}."] if metric["meaning"] else []
+        threshold = float(rule["threshold"])
+        marks.append(Mark(threshold, f"{side} {show_edge(threshold)}", rule["least"]))
+    meaning = metric["meaning"].replace("`", "")
+    said = [f"{meaning[:1].upper()}{meaning[1:]}."] if meaning else []
     said.append(
         f"Median {show_edge(points['0.5'])}; 5% below {show_edge(points['0.05'])}, 5% above "
         f"{show_edge(points['0.95'])}."
@@ -213,7 +237,7 @@ def _tabulate_mixture(domains: Mapping[str, Data]) -> Table:
         bound = row.get("bound")
         rows.append(
             (
-                Cell(name, note=f"held by {bound}" if bound else ""),
+                Cell(clip(name), note=f"held by {bound}" if bound else ""),
                 Cell("as it is" if wanted is None else show_percent(wanted), share=wanted),
                 Cell(show_percent(row["share"]), share=row["share"], color="base"),
                 Cell(show_count(row["tokens"])),
