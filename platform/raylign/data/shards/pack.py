@@ -85,18 +85,13 @@ def pack_corpus(
         "pad": vocabulary.pad,
         "packing": packing,
     }
-    shards = [
-        shard
-        for split, order in (("train", reading.train), ("validation", reading.validation))
-        for shard in divide_stream(
-            split, tokens.documents.lengths[order], shard_rows * sequence_length, packing
-        )
-    ]
-    each = max(1, part_tokens // (shard_rows * sequence_length))
-    rows = [
-        {"number": number, "shards": shards[start : start + each], **settings}
-        for number, start in enumerate(range(0, len(shards), each))
-    ]
+    rows = _plan_parts(
+        reading,
+        tokens.documents.lengths,
+        shard_rows * sequence_length,
+        part_tokens,
+        settings,
+    )
     work = partial(pack_part, parts=tokens.parts, names=tokens.documents.names)
     reports = run_parts("pack", rows, work, directory, board, size="tokens")
     writers = {split: ShardWriter(directory, split, vocabulary.size) for split in SPLITS}
@@ -140,6 +135,22 @@ def pack_part(
         "shards": entries,
         "tokens": sum(entry["tokens"] for entry in entries),
     }
+
+
+def _plan_parts(
+    reading: Reading, lengths: np.ndarray, size: int, part_tokens: int, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Shards of `size` tokens, as many a part as make up `part_tokens`."""
+    shards = [
+        shard
+        for split, order in (("train", reading.train), ("validation", reading.validation))
+        for shard in divide_stream(split, lengths[order], size, settings["packing"])
+    ]
+    each = max(1, part_tokens // size)
+    return [
+        {"number": number, "shards": shards[start : start + each], **settings}
+        for number, start in enumerate(range(0, len(shards), each))
+    ]
 
 
 def divide_stream(split: str, lengths: np.ndarray, size: int, packing: str) -> list[dict[str, Any]]:
