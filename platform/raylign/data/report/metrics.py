@@ -26,7 +26,7 @@ from raylign.data.sources.slices import label_sources
 
 LARGEST = 1 << 20
 """Documents whose signals are read."""
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.25)
+SHARES = (0.01, 0.05, 0.1, 0.25)
 """Shares of documents for which thresholds are given."""
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 LANGUAGE_REASON = "language_other"
@@ -182,7 +182,7 @@ def _try_rules(
             faults += mask
             masks[rule.reason] = mask
         shown = _pick_common(thresholds, sizes)
-        varies = len(set(thresholds)) > 1
+        varies = len({t for t in thresholds if t is not None}) > 1
         rows.append(
             _describe_rule(rule, least, on, shown, mask, columns[rule.metric]) | {"varies": varies}
         )

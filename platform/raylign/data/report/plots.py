@@ -11,8 +11,9 @@ from raylign.evaluation.report.figures import show_count, show_number, show_perc
 from raylign.evaluation.report.markup import color, element, plain, text
 from raylign.evaluation.report.plots import choose_ticks
 
-WIDTH, HEIGHT = 360.0, 200.0
-LEFT, RIGHT, TOP, BOTTOM = 12.0, 12.0, 28.0, 34.0
+WIDTH, HEIGHT = 360.0, 212.0
+LEFT, RIGHT, TOP, BOTTOM = 12.0, 12.0, 46.0, 34.0
+"""There is room above the bars for one line of text, and for two thresholds."""
 TICKS = 6
 
 
@@ -86,7 +87,7 @@ def _draw_bars(histogram: Histogram) -> str:
             pieces.append(_draw_piece(x, floor - tall, width, max(tall - low, 0.8), "bad"))
         parts.append(element("g", *pieces))
     peak = show_count(highest)
-    spot = {"x": LEFT, "y": TOP - 14, "text_anchor": "start"}
+    spot = {"x": LEFT, "y": 11.0, "text_anchor": "start"}
     parts.append(text("text", f"tallest bar: {peak} ({show_percent(highest / total)})", **spot))
     parts += [*_draw_ticks(histogram, each), *_draw_marks(histogram, each)]
     box = {"viewBox": f"0 0 {WIDTH:g} {HEIGHT:g}", "role": "img"}
@@ -144,10 +145,8 @@ def choose_edges(edges: Sequence[float], whole: bool) -> list[float]:
         return [t for t in choose_ticks(edges[0], edges[-1], TICKS) if edges[0] <= t <= edges[-1]]
     powers = [10.0**n for n in range(13) if edges[0] <= 10.0**n <= edges[-1]]
     if len(powers) < 3:
-        powers = sorted(
-            {*powers, *(5 * p for p in [0.1, *powers] if edges[0] <= 5 * p <= edges[-1])}
-        )
-    return [*([0.0] if edges[0] == 0 else []), *powers]
+        powers = sorted({*powers, *(5 * power for power in powers if 5 * power <= edges[-1])})
+    return [0.0, *(power for power in powers if power > 1)] if edges[0] == 0 else powers
 
 
 def _draw_marks(histogram: Histogram, each: float) -> list[str]:
@@ -158,9 +157,9 @@ def _draw_marks(histogram: Histogram, each: float) -> list[str]:
         shift = 0.0 if not histogram.whole else -0.5 if mark.least else 0.5
         x = LEFT + (_locate(histogram.edges, mark.value, histogram.whole) + shift) * each
         near_right = x > WIDTH * 0.6
-        spot = {"x": x - 4 if near_right else x + 4, "y": TOP + 8 + 13 * number}
+        spot = {"x": x - 4 if near_right else x + 4, "y": 25.0 + 13 * (number % 2)}
         anchor = "end" if near_right else "start"
-        parts.append(element("line", class_="guide", x1=x, x2=x, y1=TOP - 8, y2=HEIGHT - BOTTOM))
+        parts.append(element("line", class_="guide", x1=x, x2=x, y1=16.0, y2=HEIGHT - BOTTOM))
         parts.append(text("text", mark.label, class_="guide-label", text_anchor=anchor, **spot))
     return parts
 

@@ -207,18 +207,20 @@ def build_tokens(data: Data, targets: Mapping[str, str]) -> Chapter | None:
     """The tokenizer, the shards, and the mixture that was wanted and that came of it."""
     shards, domains = data["shards"], data["mixture"].get("domains", {})
     facts = []
-    for row in data["tokenizers"][:1]:
-        facts.append(Fact("Tokenizer", str(row["name"]), f"{row['vocab_size']:,} entries"))
     if shards:
+        entries = f"{shards['vocab_size']:,} entries"
+        for row in data["tokenizers"][:1]:
+            facts.append(Fact("Tokenizer", str(row["name"]), entries))
         if shards["bytes_per_token"]:
             held = f"{show_number(shards['bytes_per_token'])} bytes"
-            facts.append(Fact("Compression", held, "of text in a token"))
+            note = "of text in a token" if facts else f"of text in a token, of {entries}"
+            facts.append(Fact("Compression", held, note))
         for name, split in shards["splits"].items():
             rows = f"{split['rows']:,} rows of {shards['sequence_length']:,}"
             rows += f", in {split['shards']:,} shards"
+            if shards["padding_share"] and name == "train":
+                rows += f"; {show_percent(shards['padding_share'])} padding"
             facts.append(Fact(f"{name.capitalize()} tokens", show_count(split["tokens"]), rows))
-        if shards["padding_share"] is not None:
-            facts.append(Fact("Padding", show_percent(shards["padding_share"]), "of all places"))
     blocks: list[Shown] = [Facts(tuple(facts))] if facts else []
     if domains:
         blocks.append(_tabulate_mixture(domains))
@@ -242,7 +244,7 @@ def _tabulate_mixture(domains: Mapping[str, Data]) -> Table:
                 Cell(show_percent(row["share"]), share=row["share"], color="base"),
                 Cell(show_count(row["tokens"])),
                 Cell(show_number(row["epochs"])),
-                Cell(f"{row['documents']:,}", note=f"of {row['available_documents']:,}"),
+                Cell(f"{row['documents']:,}", note=f"{row['available_documents']:,} different"),
             )
         )
     return Table(
