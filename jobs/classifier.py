@@ -26,7 +26,7 @@ from raylign.data.documents import list_document_files, read_batches, shuffle_ke
 from raylign.data.quality.classifier import MIN_LABELS, Classifier, fit
 from raylign.data.quality.judging import RUBRIC, excerpt, parse_score, render_question
 from raylign.data.synthesis.answers import Answer, AnswerCache
-from raylign.data.synthesis.filters import PROMPT_TOO_LONG
+from raylign.data.synthesis.filters import PROMPT_TOO_LONG, read_answer
 from raylign.inference.generator import Sampling
 from raylign.run import Draft, Run, write_json
 from raylign.runtime import derive_seed
@@ -244,7 +244,7 @@ class _Annotator:
                 answers = pool.answer(requests, sampling, cache.put)
                 async with aclosing(answers):
                     async for request, answer in answers:
-                        score = parse_score(answer.text)
+                        score = parse_score(read_answer(answer, "prose"))
                         index = request.payload
                         done[index] = Annotation(asked[index], answer, score, attempt + 1)
                         scored += score is not None

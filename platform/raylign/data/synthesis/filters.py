@@ -34,7 +34,7 @@ REASONS = {
 }
 """Every reason, in the order in which they are listed, and what it means."""
 
-_THOUGHT = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
+_THOUGHT = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)
 _REFUSAL = re.compile(
     r"\W*(?:(?:i\s?['\u2019]?a?m\s+(?:\w+\s+)?sorry|sorry,|i\s+apologi[sz]e)\b"
     r"|i\s+(?:can\s?not|can['\u2019]t|won['\u2019]t|am\s+(?:not\s+able|unable)|do\s+not\s+have)\b"
@@ -53,7 +53,7 @@ _PREAMBLE = re.compile(
 def read_answer(answer: Answer, form: str) -> str:
     """The document in an answer: without white space around it, a leading thought, or the fence
     around code that is all there is."""
-    text = _THOUGHT.sub("", answer.text, count=1) if "<think>" in answer.text[:99] else answer.text
+    text = _THOUGHT.sub("", answer.text)
     return unwrap_code(text.strip()) if form == "python" else text.strip()
 
 
