@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,10 +63,7 @@ def deduplicate(corpus: Path, output: Path) -> dict[str, float]:
     mark("compare, decide, write")
     disconnect()
     mark("end")
-    return {
-        name: round(at - before, 2)
-        for (_, before), (name, at) in zip(marks[:-1], marks[1:], strict=True)
-    }
+    return {name: round(at - before, 2) for (_, before), (name, at) in pairwise(marks)}
 
 
 if __name__ == "__main__":
