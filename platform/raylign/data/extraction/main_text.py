@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # Bytes that are also valid UTF-8 and mean something else: UTF-16 without a mark, ISO-2022.
-_NOT_UTF8 = re.compile(rb"\x00|\x1b[$(]")
+_NOT_UTF8 = (b"\0", b"\x1b$", b"\x1b(")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 _SNIFFED = 4096
 # A parser's time grows with the square of the depth, so a page made to be deep could hold a worker
@@ -45,7 +45,8 @@ def extract(html: bytes | str, charset: str | None, extractor: str) -> str:
 def is_too_deep(page: str) -> bool:
     """Whether more than `MAX_DEPTH` elements that hold others are open at once; counting alone
     clears almost every page."""
-    if page.count("<") - 2 * page.count("</") <= MAX_DEPTH:
+    tags = page.count("<")
+    if tags <= MAX_DEPTH or tags - 2 * page.count("</") <= MAX_DEPTH:
         return False
     depth = 0
     for tag in _NESTING.finditer(page):
@@ -61,7 +62,8 @@ def decode(data: bytes, charset: str | None) -> str:
     for mark, name in _MARKS:
         if data.startswith(mark):
             return data[len(mark) :].decode(name, errors="ignore")
-    if not _NOT_UTF8.search(data[:_SNIFFED]):
+    head = data[:_SNIFFED]
+    if not any(mark in head for mark in _NOT_UTF8):
         try:
             return data.decode()
         except UnicodeDecodeError:

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff]")
 _LINE_END = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 _WIDE_BLANK = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
+_SPECIAL = re.compile(
+    f"[{_INVISIBLE.pattern[1:-1]}{_WIDE_BLANK.pattern[1:-1]}\r\v\f\x85\u2028\u2029]"
+)
+# Invisible characters below 128, in the form that `str.translate` is fast with.
+_CONTROLS = {code: None for code in range(128) if _INVISIBLE.match(chr(code))}
 _EMPTY_LINES = re.compile(r"\n{3,}")
 _UNDERLINE = re.compile(r"(=|-|\*|~|\^|\"){3,}")
 
@@ -22,20 +26,29 @@ def clean_text(text: str) -> str:
     Blanks inside and at the start of a line are kept: they carry meaning in code and tables.
     Cleaning a clean text changes nothing.
     """
-    if not text.isascii():
+    if text.isascii():
+        if "\r" in text or "\v" in text or "\f" in text:
+            text = _LINE_END.sub("\n", text)
+        text = text.translate(_CONTROLS)
+    else:
         text = unicodedata.normalize("NFC", text)
-        text = _WIDE_BLANK.sub(" ", text)
-    text = _LINE_END.sub("\n", text)
-    text = _INVISIBLE.sub("", text)
-    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)  # an invisible character stood between two parts
-    text = _TRAILING.sub("", text)
-    return _EMPTY_LINES.sub("\n\n", text).strip("\n").rstrip()
+        if _SPECIAL.search(text):
+            text = _WIDE_BLANK.sub(" ", text)
+            text = _LINE_END.sub("\n", text)
+            text = _INVISIBLE.sub("", text)
+            # An invisible character may have stood between two parts of one.
+            text = unicodedata.normalize("NFC", text)
+    if " \n" in text or "\t\n" in text:
+        text = "\n".join([line.rstrip(" \t") for line in text.split("\n")])
+    text = text.rstrip()
+    if "\n\n\n" in text:
+        text = _EMPTY_LINES.sub("\n\n", text)
+    return text.strip("\n")
 
 
 def is_special(char: str) -> bool:
     """Whether `clean_text` takes away or replaces this character, wherever it stands."""
-    return bool(_INVISIBLE.match(char) or _LINE_END.match(char) or _WIDE_BLANK.match(char))
+    return _SPECIAL.match(char) is not None
 
 
 def is_encodable(text: str) -> bool:

@@ -20,6 +20,16 @@ from raylign.data.sources.rows import Row, accept, date_text, reject
 from raylign.data.sources.storage import open_stored
 
 _RESPONSE, _RESOURCE, _CONVERSION = 4, 8, 128
+_NAMES = {
+    2: "warcinfo",
+    4: "response",
+    8: "resource",
+    16: "request",
+    32: "metadata",
+    64: "revisit",
+    128: "conversion",
+    256: "continuation",
+}
 _GZIP = b"\x1f\x8b\x08"
 _MAGIC = {_GZIP: "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 _RECORD = re.compile(rb"WARC/\d\.\d\r?\n")
@@ -142,15 +152,14 @@ def _read_record(record: Any, place: int, part: Slice) -> Row:
     """Raises `_Broken` for a record after which the next one has to be searched."""
     headers, size = record.headers, record.content_length
     origin = f"{part.name}@{place}"
-    length = headers.get("Content-Length")
-    if length is None or not length.strip().isdigit():
+    if size == 0 and not (headers.get("Content-Length") or "").strip().isdigit():
         raise _Broken("damaged_header")
     kind = int(record.record_type)
     if kind not in (_RESPONSE, _RESOURCE, _CONVERSION) or (kind == _CONVERSION) != (
         part.kind == "wet"
     ):
         skipped = "not_a_conversion" if part.kind == "wet" else "not_a_response"
-        return Row(origin, place, headers.get("WARC-Type") or "", skipped)
+        return Row(origin, place, _NAMES.get(kind, ""), skipped)
     address = headers.get("WARC-Target-URI")
     row = Row(origin, place, "", None, None, check_address(address))
     row.date = date_text(headers.get("WARC-Date"))
