@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from raylign.data.inspection import inspect, render
 
 from jobs.entry import main, perform, section
 from jobs.shards import build_shards
@@ -25,7 +24,9 @@ from raylign.data.corpus.features import measure_documents, sign_documents
 from raylign.data.corpus.ingest import read_documents
 from raylign.data.corpus.pipeline import Inputs, list_files
 from raylign.data.corpus.pipeline import build_corpus as write_corpus
-from raylign.data.sources.slices import identify_sources, label_sources, plan_slices
+from raylign.data.inspection import inspect, render
+from raylign.data.sources.fingerprints import identify_sources
+from raylign.data.sources.slices import label_sources, plan_slices
 from raylign.run import Draft, Run, Stage, content_hash, read_stage, write_json
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard

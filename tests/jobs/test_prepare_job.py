@@ -71,7 +71,9 @@ def test_three_stages_with_lineage(prepared: tuple[Run, str]) -> None:
         "corpus": corpus.manifest.content,
         "tokenizer": trained.manifest.content,
     }
-    assert not [name for s in (corpus, trained, shards) for name in verify(s)]
+    read = [stage(run, name) for name in ("documents", "signals", "signatures")]
+    assert set(corpus.manifest.parents.values()) == {s.manifest.content for s in read}
+    assert not [name for s in (*read, corpus, trained, shards) for name in verify(s)]
     assert {f.name for f in corpus.path.iterdir()} == {
         "documents",
         "excluded",
@@ -80,9 +82,10 @@ def test_three_stages_with_lineage(prepared: tuple[Run, str]) -> None:
         "held_out.jsonl",
         "english_held_out.jsonl",
         "funnel.json",
+        "kept.npy",
         "manifest.json",
     }
-    assert corpus.manifest.settings["python"] == sys.version.split()[0]
+    assert read[0].manifest.settings["python"] == sys.version.split()[0]
     assert corpus.manifest.summary["exercises"] == 50
     assert shards.manifest.summary["train_tokens"] > 30_000
     comparison = json.loads((trained.path / "comparison.json").read_text())
@@ -106,8 +109,8 @@ def test_a_second_run_finds_everything_done(prepared: tuple[Run, str]) -> None:
     run, first = prepared
     assert "documents kept" in first and "bytes a token" in first
     _, second = go(make(run.root))
-    assert second.count("already done") == 3
-    with pytest.raises(UserError, match=r"stage 'corpus' .* was made with seed=3, not 4"):
+    assert second.count("already done") == 6
+    with pytest.raises(UserError, match=r"stage 'documents' .* was made with seed=3, not 4"):
         go(make(run.root, seed=4))
 
 
@@ -116,7 +119,7 @@ def test_shards_again_without_the_corpus(prepared: tuple[Run, str]) -> None:
     before = stage(run, "corpus").manifest.content
     recipe = make(run.root, prepare=SMALL["prepare"] | {"sequence_length": 32}, redo="shards")
     again, text = go(recipe)
-    assert text.count("already done") == 2
+    assert text.count("already done") == 5
     assert PackedShards(stage(again, "shards").path).sequence_length == 32
     assert stage(again, "corpus").manifest.content == before
 
@@ -139,7 +142,7 @@ def test_the_same_seed_gives_the_same_run(prepared: tuple[Run, str], tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert "Starting execution" not in done.stderr and "Traceback" not in done.stderr
-    for name in ("corpus", "tokenizer"):
+    for name in ("documents", "signals", "signatures", "corpus", "shards"):
         here, there = stage(prepared[0], name), stage(Run(tmp_path / "run"), name)
         assert here.manifest.content == there.manifest.content
 
@@ -164,8 +167,9 @@ def test_own_files_are_parents(ray_cluster: None, tmp_path: Path) -> None:
     section = SMALL["prepare"] | {"sources": [{"kind": "jsonl", "path": str(file)}]}
     recipe = make(tmp_path / "run", prepare=section, tokenizer={"vocab_size": 280})
     run, _ = go(recipe)
-    assert list(stage(run, "corpus").manifest.parents) == [str(file)]
-    assert "python" not in stage(run, "corpus").manifest.settings
+    assert list(stage(run, "documents").manifest.parents) == [str(file)]
+    assert set(stage(run, "corpus").manifest.parents) == {"documents", "signals", "signatures"}
+    assert "python" not in stage(run, "documents").manifest.settings
     file.write_text("\n".join(rows[:-1]))
     with pytest.raises(UserError, match=r"was made with another .*rows\.jsonl"):
         go(recipe)

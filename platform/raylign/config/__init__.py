@@ -9,7 +9,7 @@ from raylign.config.alignment import (
     SamplingConfig,
 )
 from raylign.config.corpus import PrepareConfig
-from raylign.config.decontamination import DecontaminateConfig
+from raylign.config.decontamination import DecontaminateConfig, EvaluationSetConfig
 from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.loading import ConfigError, load_recipe
@@ -40,6 +40,7 @@ __all__ = [
     "DedupConfig",
     "EngineConfig",
     "EvaluateConfig",
+    "EvaluationSetConfig",
     "LearnerConfig",
     "LinesConfig",
     "MixtureConfig",

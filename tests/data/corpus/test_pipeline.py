@@ -209,9 +209,9 @@ def test_held_out_problems_occur_nowhere(built: Path) -> None:
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
     assert len({row["id"] for row in prompts + held}) == len(prompts) + len(held)
     counts = json.loads((built / "funnel.json").read_text())["decontamination"]
-    assert counts["overlap_after"] == 0 and counts["items"]["held_out"] > 30
-    removed = json.loads((built / "funnel.json").read_text())["removed"]
-    assert removed["held_out_lines"] >= removed["documents_with_held_out_lines"] > 0
+    assert counts["overlap_after"] == 0 and counts["held_out"] == 30
+    assert counts["items"] == {"held_out": 30 + counts["english_held_out"]}
+    assert counts["lines_removed"] >= counts["documents_shortened"] > 0
 
 
 def test_held_out_english_is_not_trained_on(built: Path) -> None:

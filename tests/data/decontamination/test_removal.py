@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import pickle
 import random
 
@@ -20,9 +19,7 @@ from raylign.data.decontamination.index import (
 )
 from raylign.data.decontamination.removal import (
     EXCERPT_BYTES,
-    Tally,
     decontaminate,
-    summarise,
 )
 from raylign.data.words import split_words
 
@@ -325,37 +322,6 @@ def test_common_ngrams_are_ignored_unless_held_out() -> None:
     assert decontaminate(texts, drop_common(index, counts, 3), WHOLE) == decontaminate(
         texts, index, WHOLE
     )
-
-
-def test_summary_of_parts() -> None:
-    items = [
-        Item("quiz", "a", "one two three"),
-        Item("quiz", "b", "four five six"),
-        Item("quiz", "c", "no", min_words=3),
-        Item("maths", "a", "seven eight nine"),
-    ]
-    index = build_index(items, 5)
-    texts = [
-        "one two three",
-        "one two three and four five six here\nbut this line is as long as the first, and stays",
-        "clean",
-        "one two three seven eight nine",
-    ]
-    whole = Tally()
-    whole.add(decontaminate(texts, index, LINE).values())
-    merged = Tally()
-    for text in reversed(texts):
-        part = Tally()
-        part.add(decontaminate([text], index, LINE).values())
-        merged.merge(Tally(**json.loads(json.dumps(part.to_json()))))
-    assert merged.to_json() == whole.to_json()
-    assert (whole.documents_removed, whole.documents_shortened, whole.lines_removed) == (2, 1, 1)
-    assert whole.found == {"maths": ["a"], "quiz": ["a", "b"]}
-    assert summarise(whole, index) == [
-        {"task": "maths", "items": 1, "unused": 0, "found": 1, "documents": 1, "removed": 1},
-        {"task": "quiz", "items": 3, "unused": 1, "found": 2, "documents": 3, "removed": 2},
-    ]
-    assert summarise(Tally(), build_index([], 5)) == []
 
 
 @pytest.mark.parametrize("ngram", [5, 8, 13])

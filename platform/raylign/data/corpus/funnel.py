@@ -152,6 +152,8 @@ def describe(tally: Tally, duplicates: Mapping[str, Any], items: Mapping[str, An
         | {
             "tasks": _sort(tally.contamination),
             "documents_removed": tally.left.get("decontaminate", 0),
+            "documents_shortened": tally.removed.get("documents_with_held_out_lines", 0),
+            "lines_removed": tally.removed.get("held_out_lines", 0),
             "english_held_out": tally.left.get("english_held_out", 0),
             "overlap_after": tally.overlap_after,
         },

@@ -45,8 +45,9 @@ def run_parts(
     """Do `work` for every row that is not done yet; what every part reported, in order of number.
 
     `work` must be picklable (a function of a module, or a `partial` of one), and each row JSON with
-    an integer `number`. Reports also hold `seconds` and, for every file, `size` and `sha256`. The
-    bar counts parts, and beside them the sum of a report's `size`.
+    an integer `number`. Reports also hold `seconds`, `cpu_seconds` and, for every file, `size` and
+    `sha256`. The bar counts parts, and beside them the sum of a report's `size`. Raises the first
+    `UserError` of a worker.
     """
     (directory / DONE).mkdir(parents=True, exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
@@ -80,31 +81,44 @@ def _stream(name: str, rows: Sequence[Mapping[str, Any]], work: Work, directory:
         batch_format="pyarrow",
     )
     for row in dataset.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
         yield row["number"]
 
 
 def _do(rows: pa.Table, name: str, work: Work, directory: str) -> pa.Table:
-    """Runs in a worker."""
-    root = Path(directory)
+    """Runs in a worker. A user's mistake travels as text: Ray would wrap it in a traceback."""
+    errors: list[str | None] = []
     for row in map(json.loads, rows["row"].to_pylist()):
-        started = time.monotonic()
         try:
-            report = dict(work(row, root))
-            files = {
-                file: {"size": (root / file).stat().st_size, "sha256": hash_file(root / file)}
-                for file in report.get("files", ())
-            }
-            seconds = round(time.monotonic() - started, 3)
-            report |= {"key": hash_json(row), "files": files, "seconds": seconds}
-            write_json(_report_file(root, name, row["number"]), report)
+            _do_part(row, name, work, Path(directory))
+            errors.append(None)
+        except UserError as error:
+            errors.append(str(error))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"no space left for {root} ({error.strerror}); free some and run again: "
-                    "finished parts are kept"
-                ) from None
-            raise
-    return rows.select(["number"])
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            errors.append(
+                f"no space left for {directory} ({error.strerror}); free some and run again: "
+                "finished parts are kept"
+            )
+    return pa.table({"number": rows["number"], "error": pa.array(errors, pa.string())})
+
+
+def _do_part(row: dict[str, Any], name: str, work: Work, directory: Path) -> None:
+    started, used = time.monotonic(), time.process_time()
+    report = dict(work(row, directory))
+    files = {
+        file: {"size": (directory / file).stat().st_size, "sha256": hash_file(directory / file)}
+        for file in report.get("files", ())
+    }
+    report |= {
+        "key": hash_json(row),
+        "files": files,
+        "seconds": round(time.monotonic() - started, 3),
+        "cpu_seconds": round(time.process_time() - used, 3),
+    }
+    write_json(_report_file(directory, name, row["number"]), report)
 
 
 def _report_file(directory: Path, name: str, number: int) -> Path:

@@ -10,6 +10,7 @@ other thresholds, another rule of who stays or other evaluation sets measure not
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,8 @@ def build_corpus(
     _join_held_out(work, directory / "english_held_out.jsonl")
     _write_kept(inputs, work, directory / "kept.npy")
     clusters = _describe_duplicates(duplicates)
-    write_json(directory / "funnel.json", describe(tally, clusters, _describe_items(items, config)))
+    found = _describe_items(items, problems, config)
+    write_json(directory / "funnel.json", describe(tally, clusters, found))
     return summarise(tally) | _count_problems(problems)
 
 
@@ -193,8 +195,8 @@ def _collect_items(
 ) -> EvaluationIndex:
     """Everything that training may not see: problems, held-out texts and evaluation sets."""
     items = load_items(config.decontaminate)
-    needles = list_needles(problems.held_out) if problems else []
-    items += [Item(HELD_OUT, f"problem {n}", needle) for n, needle in enumerate(needles)]
+    for problem in problems.held_out if problems else ():
+        items += [Item(HELD_OUT, problem.key, needle) for needle in list_needles([problem])]
     for row in rows:
         wanted = held[row["start"] : row["start"] + row["used"]]
         if not wanted.any():
@@ -256,20 +258,17 @@ def _describe_duplicates(duplicates: Duplicates) -> dict[str, Any]:
     }
 
 
-def _describe_items(items: EvaluationIndex, config: PrepareConfig) -> dict[str, Any]:
+def _describe_items(
+    items: EvaluationIndex, problems: Problems | None, config: PrepareConfig
+) -> dict[str, Any]:
     return {
+        "held_out": len(problems.held_out) if problems else 0,
         "ngram": config.decontaminate.ngram,
         "granularity": config.decontaminate.granularity,
         "method": config.decontaminate.method,
-        "items": _count_items(items),
+        "items": dict(sorted(Counter(task for task, _ in items.names).items())),
+        "unused": dict(sorted(Counter(task for task, _ in items.unused).items())),
     }
-
-
-def _count_items(items: EvaluationIndex) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for task, _ in items.names:
-        counts[task] = counts.get(task, 0) + 1
-    return dict(sorted(counts.items()))
 
 
 def _count_problems(problems: Problems | None) -> dict[str, int]:

@@ -1,11 +1,9 @@
-"""What becomes of documents that hold evaluation items, and what was found, task by task."""
+"""What becomes of documents that hold evaluation items, and which items those are."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -47,72 +45,6 @@ class Verdict:
     """The lines that go, where lines do and the document stays."""
     hits: tuple[Hit, ...]
     """Items found in the document as it was, in order of the index; never empty."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was found in one part of a corpus; `merge` adds parts up, in any order."""
-
-    found: dict[str, list[str]] = field(default_factory=dict)
-    """Task to the names of its items that occurred, sorted."""
-    affected: dict[str, int] = field(default_factory=dict)
-    """Task to documents that held any of its items; a document counts for each of its tasks."""
-    removed: dict[str, int] = field(default_factory=dict)
-    """Task to those of them that went."""
-    documents_removed: int = 0
-    documents_shortened: int = 0
-    lines_removed: int = 0
-
-    def add(self, verdicts: Iterable[Verdict]) -> None:
-        """Count the affected documents of a batch."""
-        items = {task: set(names) for task, names in self.found.items()}
-        for verdict in verdicts:
-            for hit in verdict.hits:
-                items.setdefault(hit.task, set()).add(hit.item)
-            for task in sorted({hit.task for hit in verdict.hits}):
-                self.affected[task] = self.affected.get(task, 0) + 1
-                if verdict.text is None:
-                    self.removed[task] = self.removed.get(task, 0) + 1
-            self.documents_removed += verdict.text is None
-            self.documents_shortened += verdict.text is not None
-            self.lines_removed += len(verdict.removed)
-        self.found = {task: sorted(names) for task, names in sorted(items.items())}
-
-    def merge(self, other: Tally) -> None:
-        """Add another part."""
-        tasks = sorted({*self.found, *other.found})
-        both = ((task, {*self.found.get(task, ()), *other.found.get(task, ())}) for task in tasks)
-        self.found = {task: sorted(names) for task, names in both}
-        self.affected = dict(Counter(self.affected) + Counter(other.affected))
-        self.removed = dict(Counter(self.removed) + Counter(other.removed))
-        self.documents_removed += other.documents_removed
-        self.documents_shortened += other.documents_shortened
-        self.lines_removed += other.lines_removed
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; `Tally(**value)` is the inverse."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-def summarise(tally: Tally, index: Index) -> list[dict[str, Any]]:
-    """A row for each task of `index`, as in "12 of 1,319 items of gsm8k occur in 15 documents".
-
-    `items` counts all, of which `unused` have too few words to be looked for; `found` those that
-    occurred; `documents` held at least one, of which `removed` went.
-    """
-    items = Counter(task for task, _ in index.names)
-    unused = Counter(task for task, _ in index.unused)
-    return [
-        {
-            "task": task,
-            "items": count,
-            "unused": unused[task],
-            "found": len(tally.found.get(task, ())),
-            "documents": tally.affected.get(task, 0),
-            "removed": tally.removed.get(task, 0),
-        }
-        for task, count in sorted(items.items())
-    ]
 
 
 def decontaminate(
