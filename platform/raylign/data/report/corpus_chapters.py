@@ -351,12 +351,14 @@ def build_evaluation(data: Data, targets: Mapping[str, str]) -> Chapter | None:
 def _judge_overlap(found: Data) -> str:
     left = found.get("overlap_after", 0)
     verdict = "no document that stays holds an item" if not left else f"{left:,} still hold one"
-    how = "in lines" if found.get("granularity") == "line" else "with their whole document"
+    how = "The lines that hold one are cut"
+    if found.get("granularity") != "line":
+        how = "Documents that hold one go as a whole"
     held = found.get("english_held_out", 0)
     own = f" {held:,} documents of this corpus are held out as a test of their own." if held else ""
     return (
         f"A document holds an item when they share {found.get('ngram', '?')} words in a row (all "
-        f"words of a shorter item). Items go {how}; afterwards, {verdict}.{own}"
+        f"words of a shorter item). {how}; afterwards, {verdict}.{own}"
     )
 
 
@@ -387,12 +389,17 @@ def build_cuts(data: Data, targets: Mapping[str, str]) -> Chapter | None:
         return None
     rows = tuple(
         (Cell(REMOVED.get(kind, spell(kind)).capitalize(), note=kind), Cell(f"{count:,}"))
-        for kind, count in found.items()
+        for kind, count in sorted(found.items(), key=lambda item: _rank_kind(item[0]))
     )
     table = Table(head=("What", "Count"), rows=rows, numeric=frozenset({1}))
     lead = "These documents stayed, but are not what they were."
     blocks: tuple[Shown, ...] = (table, *_show_cuts(data, targets, "repeated_passage"))
     return Chapter("cuts", "Cut and replaced", lead, blocks)
+
+
+def _rank_kind(kind: str) -> tuple[int, str]:
+    known = list(REMOVED)
+    return (known.index(kind) if kind in known else len(known), kind)
 
 
 def _show_cuts(data: Data, targets: Mapping[str, str], reason: str) -> list[Shown]:
