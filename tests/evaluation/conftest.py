@@ -103,13 +103,12 @@ def _write_corpus(path: Path, rng: random.Random) -> dict[str, Any]:
                 for reason, shown in examples.items()
             },
             "decontamination": {
-                "held_out": 600,
+                "items": {"held_out": 762, "gsm8k": 1319},
                 "english_held_out": 162,
                 "documents_removed": 63,
-                "documents_shortened": 1180,
-                "lines_removed": 1422,
                 "overlap_after": 0,
             },
+            "removed": {"held_out_lines": 1422, "documents_with_held_out_lines": 1180},
         },
     )
     return {"documents": 15987}

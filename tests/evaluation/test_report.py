@@ -96,6 +96,17 @@ def test_the_same_run_gives_the_same_bytes(fabricated_run: Path, tmp_path: Path)
     assert build(fabricated_run, tmp_path / "second") == first
 
 
+def test_the_funnel_says_what_is_protected(fabricated_run: Path, tmp_path: Path) -> None:
+    _, html, markdown = build(fabricated_run, tmp_path)
+    said = (
+        "Protection of the test: 600 problems of this run, 162 English documents and 1,319 items "
+        "of gsm8k are held out for evaluation. 1,422 lines that contained one were cut from 1,180 "
+        "documents; 63 documents that contained one were removed; a second look finds that none of "
+        "them is left in the training text."
+    )
+    assert said in html and said in markdown
+
+
 @pytest.mark.parametrize(
     "kept",
     [[], ["corpus"], ["tokenizer", "shards"], ["pretrain"], ["sft"], ["align"], ["evaluate"]],

@@ -27,8 +27,13 @@ STEP_NAMES = {
     "exact_duplicates": "Exact duplicates",
     "near_duplicates": "Near duplicates",
     "english_held_out": "Held out for evaluation",
+    "repeated_text": "Repeated text",
     "decontaminate": "Decontaminate",
 }
+HELD_OUT = "held_out"
+"""The task of the run's own held-out problems and texts, in the funnel."""
+# Reasons of a step that are named, and reasons that have an example in the open.
+NAMED, SHOWN = 5, 6
 
 
 def build_funnel(findings: Findings) -> Section | None:
@@ -44,19 +49,20 @@ def build_funnel(findings: Findings) -> Section | None:
         blocks.append(Text("Where the text comes from", heading=True))
         blocks.append(_tabulate_sources(funnel["sources"]))
     if funnel.get("decontamination"):
-        blocks.append(Text(_describe_decontamination(funnel["decontamination"])))
-    examples = funnel.get("examples", {})
-    first = _quote_examples(examples, slice(0, 1))
-    if first:
+        found = _describe_decontamination(funnel["decontamination"], funnel.get("removed", {}))
+        blocks.append(Text(found))
+    quotes = _quote_examples(funnel)
+    if quotes:
         blocks.append(Text("What was taken out", heading=True))
         blocks.append(
             Quotes(
-                first,
-                "The first document of each reason. Filters make mistakes; reading what they "
-                "drop is the only way to notice.",
+                quotes[:SHOWN],
+                "The first document of the most frequent reasons. Filters make mistakes; reading "
+                "what they drop is the only way to notice. The data report (python -m "
+                "jobs.data_report) shows all reasons, and what other thresholds would do.",
             )
         )
-        more = _quote_examples(examples, slice(1, None))
+        more = quotes[SHOWN:]
         if more:
             blocks.append(Folded(f"{len(more)} more", (Quotes(more),)))
     return Section(
@@ -67,13 +73,18 @@ def build_funnel(findings: Findings) -> Section | None:
     )
 
 
-def _quote_examples(
-    examples: Mapping[str, list[Mapping[str, Any]]], which: slice
-) -> tuple[Quote, ...]:
+def _quote_examples(funnel: Mapping[str, Any]) -> tuple[Quote, ...]:
+    """What was taken out: an example of each reason, the most frequent first; then the others."""
+    counts: dict[str, int] = {}
+    for step in funnel.get("steps", []):
+        counts |= step.get("dropped", {})
+    examples = {r: shown for r, shown in funnel.get("examples", {}).items() if r != "kept"}
+    ranked = sorted(examples, key=lambda reason: (-counts.get(reason, 0), reason))
+    chosen = [(reason, examples[reason][0]) for reason in ranked if examples[reason]]
+    chosen += [(reason, found) for reason in ranked for found in examples[reason][1:]]
     return tuple(
         Quote(reason.replace("_", " "), str(found.get("source", "")), str(found.get("text", "")))
-        for reason, shown in sorted(examples.items())
-        for found in shown[which]
+        for reason, found in chosen
     )
 
 
@@ -83,7 +94,10 @@ def _tabulate_steps(steps: list[Mapping[str, Any]]) -> Table:
     for step in steps:
         lost = step["in"] - step["out"]
         reasons = sorted(step.get("dropped", {}).items(), key=lambda item: (-item[1], item[0]))
-        why = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in reasons if count)
+        named = [f"{name.replace('_', ' ')} {count:,}" for name, count in reasons if count]
+        if named[NAMED + 1 :]:
+            named[NAMED:] = [f"and {len(named) - NAMED} reasons more"]
+        why = ", ".join(named)
         rows.append(
             (
                 Cell(STEP_NAMES.get(step["name"], str(step["name"]).replace("_", " "))),
@@ -127,14 +141,21 @@ def _tabulate_sources(sources: Mapping[str, Mapping[str, Any]]) -> Table:
     )
 
 
-def _describe_decontamination(found: Mapping[str, Any]) -> str:
-    held = f"{found.get('held_out', 0):,} problems"
-    if found.get("english_held_out"):
-        held += f" and {found['english_held_out']:,} English documents"
+def _describe_decontamination(found: Mapping[str, Any], removed: Mapping[str, int]) -> str:
+    items = found.get("items", {})
+    english = found.get("english_held_out", 0)
+    problems = max(0, items.get(HELD_OUT, 0) - english)
+    held = [
+        *([f"{problems:,} problems of this run"] if problems else []),
+        *([f"{english:,} English documents"] if english else []),
+        *(f"{n:,} items of {task}" for task, n in sorted(items.items()) if task != HELD_OUT),
+    ]
+    if not held:
+        return "Nothing is held out for evaluation."
     done = []
-    if found.get("lines_removed"):
-        shortened = f" from {found['documents_shortened']:,} documents"
-        done.append(f"{found['lines_removed']:,} lines that contained one were cut{shortened}")
+    if removed.get("held_out_lines"):
+        shortened = f" from {removed.get('documents_with_held_out_lines', 0):,} documents"
+        done.append(f"{removed['held_out_lines']:,} lines that contained one were cut{shortened}")
     if found.get("documents_removed"):
         done.append(f"{found['documents_removed']:,} documents that contained one were removed")
     left = found.get("overlap_after", 0)
@@ -142,9 +163,13 @@ def _describe_decontamination(found: Mapping[str, Any]) -> str:
     if left:
         verdict = f"{left:,} documents still contain one"
     return (
-        f"Protection of the test: {held} are held out for evaluation. "
+        f"Protection of the test: {_enumerate(held)} are held out for evaluation. "
         f"{_capitalize('; '.join([*done, f'a second look finds that {verdict}']))}."
     )
+
+
+def _enumerate(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _capitalize(sentence: str) -> str:
