@@ -101,7 +101,7 @@ def test_unreadable_answers_are_asked_again_counted_and_left_out(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     (tmp_path / "rubric.txt").write_text("Add points.")
-    texts = [f"w{n} w1 w2" for n in range(4)] + [" ".join(["w1"] * 500)]
+    texts = [f"w{n % 50} w{n // 50} w2" for n in range(60)] + [" ".join(["w1"] * 500)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "documents.parquet")
     judge = {
         "model": model,
@@ -109,16 +109,36 @@ def test_unreadable_answers_are_asked_again_counted_and_left_out(
         "rubric": tmp_path / "rubric.txt",
         "attempts": 2,
         "sampling": {"max_tokens": 8},
-        "rollout": {"max_sequences": 4, "kv_cache_mb": 32, "cpus": 0.5},
+        "rollout": {"max_sequences": 32, "kv_cache_mb": 32, "cpus": 0.5},
     }
-    message = r"0 of 5 judged documents .*\(4 unparsable, 1 too long to ask\), and 50 are needed"
+    message = r"0 of 61 judged documents .*\(60 unparsable, 1 too long to ask\), and 50 are needed"
     with pytest.raises(UserError, match=message):
         perform(tmp_path / "run", judge=judge)
-    cache = AnswerCache(tmp_path / "run/.classifier.cache")
-    assert len(cache) == 8  # four documents, twice
-    # A second time nothing is asked: a cluster without room for a worker will do.
-    with pytest.raises(UserError, match=message):
-        perform(tmp_path / "run", judge=judge | {"rollout": {"count": 99, "cpus": 99.0}})
+    with AnswerCache(tmp_path / "run/.classifier.cache") as cache:
+        assert len(cache) == 120  # sixty documents, twice
+
+    # What a judge that can judge would have said, but for a few of the answers. Nothing is asked
+    # again, and no worker starts: the cluster has no room for one.
+    [answers] = (tmp_path / "run/.classifier.cache").glob("*.jsonl")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines = [
+        json.dumps(row | {"text": f"Because.\nScore: {n % 6}"} if n % 20 else row)
+        for n, row in enumerate(rows)
+    ]
+    answers.write_text("".join(line + "\n" for line in lines))
+    no_room = judge | {"rollout": {"count": 99, "cpus": 99.0}}
+    perform(tmp_path / "run", judge=no_room, fit={"bits": 10})
+    stage = Run(tmp_path / "run").find("classifier")
+    assert stage is not None
+    annotations = read_lines(stage.path / "annotations.jsonl")
+    scores = [row["score"] for row in annotations]
+    unread = scores.count(None) - 1
+    assert len(scores) == 61 and unread <= 3  # a second answer may have helped
+    summary = stage.manifest.summary
+    assert (summary["judged"], summary["unparsable"], summary["prompt_too_long"]) == (61, unread, 1)
+    assert sum(load(stage.path).metrics["labels"].values()) == 60 - unread
+    assert {row["attempts"] for row in annotations} == {1, 2}
+    assert set(stage.manifest.parents) == {"documents", "judge", "rubric"}
 
 
 def test_annotations_keep_what_was_asked_and_answered(tmp_path: Path) -> None:
