@@ -99,10 +99,8 @@ def _scan(data, offsets, roles, flags):
         first, stop = offsets[document], offsets[document + 1]
         if first == stop:
             continue
-        flag = 0
         last = data[stop - 1]
-        if data[first] == 10 or last == 10 or last == 32 or last == 9:
-            flag = 1
+        flag = 1 if data[first] == 10 or last == 10 or last == 32 or last == 9 else 0
         wanted = 0  # continuation characters that would complete a garbled one
         lead = 0
         i = first

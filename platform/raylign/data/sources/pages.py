@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import zlib
@@ -65,6 +66,7 @@ def check_address(address: str | None) -> str | None:
     return address if _SCHEME.fullmatch(address) else None
 
 
+@functools.lru_cache(256)
 def split_type(value: str | None) -> tuple[str, str | None]:
     """(content type, charset) of a header `Content-Type`."""
     kind, _, rest = (value or "").partition(";")
