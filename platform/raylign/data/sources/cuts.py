@@ -23,7 +23,7 @@ class Cut:
 class Slice:
     """A part of one source; rows of this are what Ray Data distributes.
 
-    Every value is plain JSON, and a slice made of what JSON gives back is the same slice.
+    Every value is plain JSON, and a slice made of what JSON gives back reads the same.
     """
 
     index: int
