@@ -7,14 +7,11 @@ from importlib.resources import files
 
 from raylign.data.report.blocks import Chapter, render, visible
 from raylign.data.report.corpus_chapters import (
-    Data,
     build_composition,
-    build_cuts,
     build_duplicates,
-    build_evaluation,
     build_funnel,
-    list_targets,
 )
+from raylign.data.report.cut_chapters import build_cuts, build_evaluation
 from raylign.data.report.material import STAGES
 from raylign.data.report.run_chapters import (
     build_examples,
@@ -25,6 +22,7 @@ from raylign.data.report.run_chapters import (
     build_tokens,
     show_size,
 )
+from raylign.data.report.wording import Data, list_targets
 from raylign.evaluation.report.corpora import STEP_NAMES
 from raylign.evaluation.report.document import Fact, Facts
 from raylign.evaluation.report.figures import show_count, show_percent

@@ -1,4 +1,4 @@
-"""Parts of the page about rules and the run: thresholds, examples, mixture, stages, settings."""
+"""Chapters about rules and the run: thresholds, examples, mixture, stages, settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from raylign.data.report.blocks import Card, Cards, Chapter, Fold, Histograms, Shown
-from raylign.data.report.corpus_chapters import CUTS, DUPLICATES, Data, clip, show_origin, spell
 from raylign.data.report.material import STAGES
 from raylign.data.report.plots import Histogram, Mark, show_edge
+from raylign.data.report.wording import CUTS, DUPLICATES, Data, clip, show_origin, spell
 from raylign.evaluation.report.document import Cell, Code, Fact, Facts, Table, Text
 from raylign.evaluation.report.figures import (
     show_count,
