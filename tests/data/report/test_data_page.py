@@ -66,6 +66,7 @@ def test_every_chapter_is_there_in_order(html: str) -> None:
         "held by max_epochs",
         "E-mail addresses, replaced",
         "at offset 10",
+        "with the personal data that they may hold",
     ):
         assert said in text
     assert "signatures." in text  # named as missing

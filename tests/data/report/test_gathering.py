@@ -121,6 +121,7 @@ def test_stages_have_times_and_parents(data_run: Path) -> None:
     assert list(stages) == ["documents", "signals", "corpus", "tokenizer", "shards"]
     assert stages["documents"]["worker_seconds"] == 2.0
     assert stages["corpus"]["documents"] == 49 and stages["shards"]["documents"] is None
+    assert stages["shards"]["tokens"] == 4000 and stages["corpus"]["tokens"] is None
 
 
 def test_it_is_json_and_depends_on_the_files_alone(data_run: Path, tmp_path: Path) -> None:

@@ -161,12 +161,14 @@ def _describe_stage(material: Material, name: str) -> dict[str, Any]:
     used = sum(int(report["used"]) for report in reading)
     if name in ("tokenizer", "shards", "synthetic", "classifier"):
         size = used = 0
+    splits = material.shards.get("splits", {}).values() if name == "shards" else ()
     return {
         "name": name,
         "seconds": manifest.seconds,
         "worker_seconds": round(sum(worked), 3) if worked else None,
         "documents": used or None,
         "bytes": size or None,
+        "tokens": sum(int(s["tokens"]) for s in splits) if splits else None,
         "content": manifest.content,
         "parents": manifest.parents,
         "files": len(manifest.files),

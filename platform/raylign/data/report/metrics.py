@@ -24,7 +24,7 @@ from raylign.data.report.histograms import bin_values, find_cuts
 from raylign.data.report.material import Material
 from raylign.data.sources.slices import label_sources
 
-LARGEST = 1 << 20
+LARGEST = 1 << 19
 """Documents whose signals are read."""
 SHARES = (0.01, 0.05, 0.1, 0.25)
 """Shares of documents for which thresholds are given."""

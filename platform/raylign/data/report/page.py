@@ -32,6 +32,10 @@ FOOTER = (
     "Drawn by Raylign from the run directory alone; data.json has the same numbers. This page is "
     "one file: it loads nothing and runs no script."
 )
+RAW = (
+    "Texts that left are shown as they were read, with the personal data that they may hold: share "
+    "this page as you would share them."
+)
 # In the order of the page.
 _CHAPTERS: tuple[Callable[[Data, Mapping[str, str]], Chapter | None], ...] = (
     build_funnel,
@@ -65,7 +69,7 @@ def render_page(data: Data) -> str:
         _render_header(data, title),
         element("nav", element("div", *links)),
         element("main", *map(_render_chapter, chapters)),
-        element("footer", *(text("p", note) for note in (*_note_missing(data), FOOTER))),
+        element("footer", *(text("p", note) for note in _list_notes(data))),
     )
     inside = "\n".join(body)
     return (
@@ -147,6 +151,10 @@ def _render_chapter(chapter: Chapter) -> str:
     )
 
 
-def _note_missing(data: Data) -> list[str]:
+def _list_notes(data: Data) -> list[str]:
+    """What the reader should know of the page itself."""
     missing = ", ".join(STAGES[name].lower() for name in data["missing"])
-    return [f"Not part of this run, and left out above: {missing}."] if missing else []
+    notes = [f"Not part of this run, and left out above: {missing}."] if missing else []
+    if data["examples"] or data["rejected"]:
+        notes.append(RAW)
+    return [*notes, FOOTER]

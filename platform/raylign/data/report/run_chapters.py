@@ -71,6 +71,7 @@ def build_rules(data: Data, targets: Mapping[str, str]) -> Chapter | None:
 
 def _tabulate_rules(rules: list[Any], documents: int) -> Table:
     shares = next((list(rule["cuts"]) for rule in rules if rule["cuts"]), [])
+    most = max((rule["rejects"] or 0 for rule in rules), default=0) or 1
     rows = []
     for rule in rules:
         sign = "\N{GREATER-THAN OR EQUAL TO}" if rule["least"] else "\N{LESS-THAN OR EQUAL TO}"
@@ -87,7 +88,10 @@ def _tabulate_rules(rules: list[Any], documents: int) -> Table:
                 Cell("no default", tone="muted")
                 if rejects is None
                 else Cell(
-                    show_percent(rejects), f"{rule['rejects']:,}", "plain", rejects, False, "bad"
+                    show_percent(rejects),
+                    f"{rule['rejects']:,}",
+                    share=rule["rejects"] / most,
+                    color="bad",
                 ),
                 Cell("") if only is None else Cell(f"{only:,}", tone="plain" if only else "muted"),
                 *(Cell("" if cut is None else show_edge(cut), tone="muted") for cut in cuts),
@@ -98,9 +102,9 @@ def _tabulate_rules(rules: list[Any], documents: int) -> Table:
         head=head,
         rows=tuple(rows),
         numeric=frozenset(range(1, len(head))),
-        caption="Rejects alone: documents that fail this rule, whatever others say. Only it: those "
-        "that would stay without it. The columns on the right are thresholds at which the rule "
-        "would reject at most that share of all documents.",
+        caption="Rejects alone: documents that fail this rule, whatever others say; bars compare "
+        "them. Only it: documents that would stay without it. The columns on the right are "
+        "thresholds at which the rule would reject at most that share of all documents.",
     )
 
 
@@ -293,13 +297,17 @@ def build_stages(data: Data, targets: Mapping[str, str]) -> Chapter | None:
 def _show_speed(stage: Data) -> tuple[Cell, ...]:
     seconds, worked = stage["seconds"], stage["worker_seconds"]
     size, documents = stage["bytes"], stage["documents"]
-    nothing = Cell("", tone="muted")
+    nothing = rate = Cell("", tone="muted")
+    if size and seconds:
+        rate = Cell(f"{show_size(size / seconds)}/s")
+    elif stage["tokens"] and seconds:
+        rate = Cell(f"{show_count(stage['tokens'] / seconds)} tokens/s")
     return (
         Cell(STAGES[stage["name"]]),
         Cell(show_seconds(seconds)),
         nothing if worked is None else Cell(show_seconds(worked)),
         Cell(f"{documents / seconds:,.0f}") if documents and seconds else nothing,
-        Cell(f"{show_size(size / seconds)}/s") if size and seconds else nothing,
+        rate,
         Cell(f"{show_size(size / worked)}/s") if size and worked else nothing,
     )
 
