@@ -20,10 +20,28 @@ from raylign.data.report.metrics import gather_metrics
 
 def test_headline(data_run: Path) -> None:
     head = gather(read_material(data_run))["headline"]
-    assert head["records"] == 70 and head["rejected"] == 20
+    assert head["records"] == 69 and head["rejected"] == 20
     assert head["documents"] == 49 and head["unused"] == 1
     assert head["kept"] == 40 and head["kept_chars"] == 9000
     assert head["tokens"] == {"train": 4000}
+
+
+def test_slices_beyond_a_limit_do_not_count(data_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_run / "documents", tmp_path / "run" / "documents")
+    file = tmp_path / "run/documents/reading.json"
+    reports = json.loads(file.read_text())
+    reports[0]["used"], reports[1]["used"] = 15, 0
+    file.write_text(json.dumps(reports))
+    found = gather(read_material(tmp_path / "run"))
+    head = found["headline"]
+    assert (head["records"], head["rejected"], head["documents"], head["unused"]) == (
+        25,
+        10,
+        15,
+        35,
+    )
+    assert head["chars"] == round(reports[0]["chars"] / 2)
+    assert {row["source"] for row in found["rejected"]} == {"web"}
 
 
 def test_steps_name_the_setting_that_decides(data_run: Path) -> None:

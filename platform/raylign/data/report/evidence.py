@@ -174,11 +174,11 @@ def gather_evaluation_items(material: Material) -> dict[str, list[dict[str, Any]
 def gather_rejected(material: Material) -> list[dict[str, Any]]:
     """The first records of each source and reason, with file and offset."""
     wanted: dict[tuple[str, str], int] = {}
-    for report in material.reading:
+    for _, report in material.list_used():
         for reason in report["rejected"]:
             wanted[report["source"], reason] = REJECTED_A_REASON
     rows: list[dict[str, Any]] = []
-    for number, report in enumerate(material.reading):
+    for number, report in material.list_used():
         file = material.root / "documents" / "rejected" / f"part-{number:06d}.parquet"
         source = report["source"]
         if not file.is_file() or not any(wanted[source, r] for r in report["rejected"]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raylign.config import QualityConfig
@@ -53,22 +53,33 @@ def gather(material: Material, largest: int = LARGEST) -> dict[str, Any]:
 
 
 def _sum_up(material: Material) -> dict[str, Any]:
-    """Counts of records, documents, characters, bytes and tokens; null where unknown."""
-    reading, sources = material.reading, material.funnel.get("sources", {})
-    documents = sum(int(report["documents"]) for report in reading)
-    rejected = sum(sum(report["rejected"].values()) for report in reading)
+    """Counts of records, documents, characters, bytes and tokens; null where unknown.
+
+    Of a slice that a source's limit cuts, characters and bytes are in proportion to its documents.
+    """
+    sources = material.funnel.get("sources", {})
+    used = [report for _, report in material.list_used()]
+    documents = sum(int(report["used"]) for report in used)
+    rejected = sum(sum(report["rejected"].values()) for report in used)
     splits = material.shards.get("splits", {})
     return {
         "records": documents + rejected,
         "rejected": rejected,
-        "documents": sum(int(report["used"]) for report in reading),
-        "unused": documents - sum(int(report["used"]) for report in reading),
-        "chars": sum(int(report["chars"]) for report in reading),
-        "bytes": sum(int(report["bytes"]) for report in reading),
+        "documents": documents,
+        "unused": sum(int(report["documents"]) for report in material.reading) - documents,
+        "chars": _measure(used, "chars"),
+        "bytes": _measure(used, "bytes"),
         "kept": _sum(sources, "documents") if sources else None,
         "kept_chars": _sum(sources, "chars") if sources else None,
         "tokens": {name: int(split["tokens"]) for name, split in splits.items()} or None,
     }
+
+
+def _measure(reports: Sequence[Mapping[str, Any]], name: str) -> int:
+    return sum(
+        round(int(report[name]) * int(report["used"]) / max(1, int(report["documents"])))
+        for report in reports
+    )
 
 
 def _sum(group: Mapping[str, Mapping[str, Any]], name: str) -> int:
@@ -156,9 +167,8 @@ def _describe_stage(material: Material, name: str) -> dict[str, Any]:
     """Time, size and lineage. Worker seconds are those that the stage summed over its tasks."""
     manifest = material.stages[name]
     worked = [v for k, v in manifest.summary.items() if k.endswith("_seconds")]
-    reading = material.reading
-    size = sum(int(report["bytes"]) for report in reading)
-    used = sum(int(report["used"]) for report in reading)
+    size = _measure(material.reading, "bytes")
+    used = sum(int(report["used"]) for report in material.reading)
     if name in ("tokenizer", "shards", "synthetic", "classifier"):
         size = used = 0
     splits = material.shards.get("splits", {}).values() if name == "shards" else ()

@@ -41,6 +41,14 @@ class Material:
     shards: Mapping[str, Any]
     mixture: Mapping[str, Any]
 
+    def list_used(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """Slices that the run looks at, with their numbers; not those beyond a source's limit."""
+        return [
+            (number, report)
+            for number, report in enumerate(self.reading)
+            if report["used"] or not report["documents"]
+        ]
+
     def list_parts(self, *folders: str) -> list[Path]:
         """Parquet files of a folder, in order."""
         return sorted(self.root.joinpath(*folders).glob("*.parquet"))
