@@ -114,7 +114,7 @@ def test_evaluation_items_by_task(data_run: Path) -> None:
     (task,) = gather(read_material(data_run))["decontamination"]["tasks"]
     assert (task["items"], task["occurred"], task["documents"]) == (1319, 6, 9)
     assert task["most"][0] == {"item": "test#5", "documents": 6}
-    assert [hit["item"] for hit in task["excerpts"]] == ["test#0", "test#1", "test#2", "test#3"]
+    assert [hit["item"] for hit in task["excerpts"]] == ["test#0", "test#1", "test#2"]
 
 
 def test_rejected_records_of_each_source_and_reason(data_run: Path) -> None:

@@ -130,9 +130,8 @@ def build_composition(data: Data, targets: Mapping[str, str]) -> Chapter | None:
 def _repeat(domains: list[Data], sources: list[Data]) -> bool:
     """Whether each source is its own domain, so that its rows say nothing new."""
     names = ("name", "documents", "chars")
-    return [[row[n] for n in names] for row in domains] == [
-        [row[n] for n in names] for row in sources
-    ]
+    mine, theirs = ({tuple(row[n] for n in names) for row in g} for g in (domains, sources))
+    return mine == theirs
 
 
 def _compose_row(row: Data, total: int) -> tuple[Cell, ...]:
@@ -150,7 +149,8 @@ def _compose_row(row: Data, total: int) -> tuple[Cell, ...]:
 
 def _tabulate_group(rows: tuple[tuple[Cell, ...], ...], title: str) -> Table:
     head = (title[:-1], "Read", "Kept", "Of those read", "Characters kept", "Of all kept text")
-    return Table(head=head, rows=rows, numeric=frozenset({1, 2, 3, 4, 5}))
+    caption = "Read: every record of a source, rejected ones as well." if title == "Sources" else ""
+    return Table(head=head, rows=rows, numeric=frozenset({1, 2, 3, 4, 5}), caption=caption)
 
 
 def build_duplicates(data: Data, targets: Mapping[str, str]) -> Chapter | None:

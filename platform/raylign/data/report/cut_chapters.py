@@ -82,7 +82,7 @@ def _count_items(task: Data) -> str:
 
 
 def _name_task(task: str) -> str:
-    return "this run's own held-out set" if task == "held_out" else task
+    return "This run's own held-out set" if task == "held_out" else task
 
 
 def _show_hit(hit: Data) -> Card:

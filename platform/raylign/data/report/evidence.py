@@ -24,7 +24,7 @@ PLACE = ("doc_id", "source", "origin", "url")
 EXACT_PAIRS = 1
 LEAST_PAIRS, MIDDLE_PAIRS, MOST_PAIRS = 4, 2, 1
 """Pairs of near duplicates that are shown: the least similar say whether the threshold fits."""
-ITEMS_A_TASK = 4
+ITEMS_A_TASK = 3
 # Documents with evaluation items whose details are parsed.
 _DETAILS = 10_000
 REJECTED_A_REASON = 3

@@ -26,7 +26,7 @@ from raylign.data.sources.slices import label_sources
 
 LARGEST = 1 << 19
 """Documents whose signals are read."""
-SHARES = (0.01, 0.05, 0.1, 0.25)
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5)
 """Shares of documents for which thresholds are given."""
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 LANGUAGE_REASON = "language_other"

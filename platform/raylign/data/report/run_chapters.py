@@ -22,6 +22,8 @@ from raylign.evaluation.report.figures import (
 
 HASH_CHARS = 12
 OPEN_PLOTS = 9
+# Of the thresholds in data.json, those that the page has room for.
+CUT_SHARES = ("0.01", "0.05", "0.1", "0.25")
 
 
 def build_rules(data: Data, targets: Mapping[str, str]) -> Chapter | None:
@@ -70,12 +72,11 @@ def build_rules(data: Data, targets: Mapping[str, str]) -> Chapter | None:
 
 
 def _tabulate_rules(rules: list[Any], documents: int) -> Table:
-    shares = next((list(rule["cuts"]) for rule in rules if rule["cuts"]), [])
     most = max((rule["rejects"] or 0 for rule in rules), default=0) or 1
     rows = []
     for rule in rules:
         sign = "\N{GREATER-THAN OR EQUAL TO}" if rule["least"] else "\N{LESS-THAN OR EQUAL TO}"
-        cuts = [rule["cuts"][share] if rule["cuts"] else None for share in shares]
+        cuts = [rule["cuts"][share] if rule["cuts"] else None for share in CUT_SHARES]
         rejects = None if rule["rejects"] is None else rule["rejects"] / documents
         only = rule["only"]
         rows.append(
@@ -97,7 +98,13 @@ def _tabulate_rules(rules: list[Any], documents: int) -> Table:
                 *(Cell("" if cut is None else show_edge(cut), tone="muted") for cut in cuts),
             )
         )
-    head = ("Rule", "Passes", "Rejects alone", "Only it", *(f"{float(s):.0%} at" for s in shares))
+    head = (
+        "Rule",
+        "Passes",
+        "Rejects alone",
+        "Only it",
+        *(f"{float(s):.0%} at" for s in CUT_SHARES),
+    )
     return Table(
         head=head,
         rows=tuple(rows),
@@ -221,7 +228,7 @@ def build_tokens(data: Data, targets: Mapping[str, str]) -> Chapter | None:
             facts.append(Fact("Compression", held, note))
         for name, split in shards["splits"].items():
             rows = f"{split['rows']:,} rows of {shards['sequence_length']:,}"
-            rows += f", in {split['shards']:,} shards"
+            rows += f", in {split['shards']:,} shard{'' if split['shards'] == 1 else 's'}"
             if shards["padding_share"] and name == "train":
                 rows += f"; {show_percent(shards['padding_share'])} padding"
             facts.append(Fact(f"{name.capitalize()} tokens", show_count(split["tokens"]), rows))
@@ -240,7 +247,8 @@ def _tabulate_mixture(domains: Mapping[str, Data]) -> Table:
     rows = []
     for name, row in sorted(domains.items(), key=lambda item: (-item[1]["tokens"], item[0])):
         wanted = row.get("wanted_share")
-        bound = row.get("bound")
+        bound, there = row.get("bound"), row["available_documents"]
+        once = row["documents"] <= there
         rows.append(
             (
                 Cell(clip(name), note=f"held by {bound}" if bound else ""),
@@ -248,7 +256,7 @@ def _tabulate_mixture(domains: Mapping[str, Data]) -> Table:
                 Cell(show_percent(row["share"]), share=row["share"], color="base"),
                 Cell(show_count(row["tokens"])),
                 Cell(show_number(row["epochs"])),
-                Cell(f"{row['documents']:,}", note=f"{row['available_documents']:,} different"),
+                Cell(f"{row['documents']:,}", note=f"{'of' if once else 'from'} {there:,}"),
             )
         )
     return Table(
