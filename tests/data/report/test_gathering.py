@@ -87,6 +87,28 @@ def test_histograms_know_what_was_kept(data_run: Path) -> None:
     assert metrics["chars"]["meaning"] == "characters"
 
 
+def test_signals_of_every_kind(data_run: Path, tmp_path: Path) -> None:
+    for stage in ("documents", "signals"):
+        shutil.copytree(data_run / stage, tmp_path / "run" / stage)
+    for file in sorted((tmp_path / "run/signals").glob("*.parquet")):
+        table = pq.read_table(file)
+        scores = [None, float("nan")] + [2.5] * (len(table) - 2)
+        table = table.append_column("education_score", pa.array(scores, pa.float32()))
+        table = table.append_column("language", pa.array(["en"] * len(table)))
+        table = table.append_column("url_blocked", pa.array([True] + [False] * (len(table) - 1)))
+        table = table.append_column("empty", pa.nulls(len(table), pa.float32()))
+        pq.write_table(table, file)
+    found = gather(read_material(tmp_path / "run"))["signals"]
+    assert "NaN" not in json.dumps(found)
+    metrics = {metric["name"]: metric["histogram"] for metric in found["metrics"]}
+    assert "empty" not in metrics and "language" not in metrics
+    assert sum(metrics["education_score"]["counts"]) == 45
+    assert metrics["url_blocked"]["counts"] == [2] and metrics["url_blocked"]["zeros"] == 47
+    rules = {rule["reason"]: rule for rule in found["rules"]}
+    assert rules["education_score"]["rejects"] == 45  # below 3, the default
+    assert rules["blocklist_blocked_urls"]["rejects"] == 2
+
+
 def test_a_sample_is_of_whole_row_groups_and_always_the_same(data_run: Path) -> None:
     material = read_material(data_run)
     first = gather_metrics(material, 20)

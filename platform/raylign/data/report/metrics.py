@@ -30,6 +30,8 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5)
 """Shares of documents for which thresholds are given."""
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 LANGUAGE_REASON = "language_other"
+FLAGS = ("bad_word_count", "blocked_domain", "url_blocked")
+"""Whole numbers, or true and false, among the extra signals."""
 
 # Every family with its published thresholds, to say what a rule that is off would do.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -78,7 +80,9 @@ def gather_metrics(material: Material, largest: int = LARGEST) -> dict[str, Any]
         "documents": sum(group.rows for group in chosen),
         "of": total,
         "metrics": [
-            _describe(name, values, stayed, marks.get(name, [])) for name, values in columns.items()
+            _describe(name, values, stayed, marks.get(name, []))
+            for name, values in columns.items()
+            if np.isfinite(values).any()
         ],
         "rules": rules,
     }
@@ -231,7 +235,8 @@ def _pick_common(thresholds: Sequence[Any], sizes: Sequence[int]) -> Any:
 def _describe_rule(
     rule: Rule, least: bool, on: bool, threshold: Any, mask: np.ndarray, values: np.ndarray
 ) -> dict[str, Any]:
-    cuts = find_cuts(values, SHARES, least)
+    known = values[np.isfinite(values)]
+    cuts = find_cuts(known, SHARES, least) if len(known) else []
     return {
         "reason": rule.reason,
         "key": rule.key,
@@ -240,7 +245,7 @@ def _describe_rule(
         "on": on,
         "threshold": threshold,
         "rejects": None if threshold is None else int(mask.sum()),
-        "cuts": {f"{share:g}": cut for share, cut in zip(SHARES, cuts, strict=True)},
+        "cuts": {f"{share:g}": cut for share, cut in zip(SHARES, cuts, strict=False)} or None,
     }
 
 
@@ -263,6 +268,8 @@ def _describe(
     name: str, values: np.ndarray, kept: np.ndarray | None, marks: Sequence[float]
 ) -> dict[str, Any]:
     meaning, origin = METRICS.get(name) or EXTRAS.get(name) or ("", "-")
+    known = np.isfinite(values)
+    values, kept = values[known], None if kept is None else kept[known]
     points = np.quantile(values, QUANTILES)
     return {
         "name": name,
@@ -274,4 +281,4 @@ def _describe(
 
 
 def _is_whole(name: str) -> bool:
-    return name in COUNTS or name.startswith("pii_") or name == "bad_word_count"
+    return name in COUNTS or name in FLAGS or name.startswith("pii_")
