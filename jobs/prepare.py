@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from jobs.data_report import build_data_report
 from jobs.entry import main, perform, section
 from jobs.shards import build_shards
 from jobs.tokenizer import build_tokenizer
@@ -24,7 +26,10 @@ from raylign.data.corpus.features import measure_documents, sign_documents
 from raylign.data.corpus.ingest import read_documents
 from raylign.data.corpus.pipeline import Inputs, list_files
 from raylign.data.corpus.pipeline import build_corpus as write_corpus
+from raylign.data.documents import DOCUMENTS
 from raylign.data.inspection import inspect, render
+from raylign.data.quality.rules import judge
+from raylign.data.quality.signals import measure
 from raylign.data.sources.fingerprints import identify_sources
 from raylign.data.sources.slices import label_sources, plan_slices
 from raylign.run import Draft, Run, Stage, content_hash, read_stage, write_json
@@ -49,17 +54,22 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
             raise UserError(f"prepare.tokenizer={config.tokenizer}: no such directory")
         path = config.tokenizer.absolute()
         build_shards(recipe, run, board, path, content_hash(path))
+    build_data_report(recipe, run, board)
 
 
 def check(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """Look at the sources; nothing is written."""
     config = section(recipe, "prepare", PrepareConfig)
-    sys.stdout.write(render(inspect(config)) + "\n")
+    reports = inspect(config, recipe.seed)
+    sys.stdout.write(render(reports) + "\n")
+    if any(report.error for report in reports):
+        raise UserError("a source cannot be used as it is; see above")
 
 
 def build_corpus(recipe: Recipe, run: Run, board: ProgressBoard) -> Stage:
     """The `corpus` stage, and those that it is made from."""
     config = section(recipe, "prepare", PrepareConfig)
+    _check_rules(config)
     earlier = [_find_earlier(path, config) for path in config.dedup.against]
     documents = build_documents(recipe, run, board)
     reading = json.loads((documents.path / READING).read_text(encoding="utf-8"))
@@ -104,11 +114,8 @@ def build_documents(recipe: Recipe, run: Run, board: ProgressBoard) -> Stage:
     def build(draft: Draft) -> None:
         seed = derive_seed(recipe.seed, "corpus")
         reports = read_documents(slices, config, seed, draft.path, board)
-        rows = [
-            {name: r[name] for name in r if name not in ("key", "seconds", "files")}
-            for r in reports
-        ]
-        write_json(draft.path / READING, rows)
+        told = ("source", "documents", "used", "chars", "bytes", "rejected")
+        write_json(draft.path / READING, [{name: r[name] for name in told} for r in reports])
         _finish(draft, reports, "read")
         draft.summary["documents"] = sum(report["used"] for report in reports)
         draft.summary["rejected"] = sum(sum(r["rejected"].values()) for r in reports)
@@ -125,6 +132,9 @@ def build_signals(
     parents = {"documents": documents.manifest.content}
     if config.signals.classifier is not None:
         parents["classifier"] = content_hash(config.signals.classifier)
+    for name in ("bad_words", "blocked_urls"):
+        for place, file in enumerate(getattr(config.signals, name)):
+            parents[f"{name}.{place}"] = content_hash(file)
 
     def build(draft: Draft) -> None:
         files = list_files(documents.path, reading)
@@ -153,6 +163,20 @@ def _finish(draft: Draft, reports: Reading, name: str) -> None:
     for report in reports:
         draft.hashes.update({f: found["sha256"] for f, found in report["files"].items()})
     draft.summary[f"{name}_seconds"] = round(sum(report["seconds"] for report in reports), 3)
+
+
+def _check_rules(config: PrepareConfig) -> None:
+    """Raise `UserError` now, not after hours, for a missing list or a rule without its signal."""
+    if config.signals.classifier is not None and not config.signals.classifier.is_dir():
+        raise UserError(
+            f"prepare.signals.classifier={config.signals.classifier}: no such directory; "
+            "`python -m jobs.classifier` makes one"
+        )
+    nothing = pa.table({name: pa.array([], DOCUMENTS.field(name).type) for name in ("text", "url")})
+    signals = measure(nothing, config.signals)
+    for rules in (config.quality, *(source.quality for source in config.sources)):
+        if rules is not None:
+            judge(signals, rules)
 
 
 def _select(config: PrepareConfig) -> dict[str, Any]:

@@ -38,7 +38,7 @@ OURS = ("raylign", "actors", "jobs")
 CONFINED = {
     "ray": (
         "raylign.runtime",
-        "raylign.data.corpus.pipeline*",
+        "raylign.data.corpus*",
         "raylign.training.supervised",
         "raylign.training.tuning",
         "actors*",

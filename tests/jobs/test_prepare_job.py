@@ -109,7 +109,7 @@ def test_a_second_run_finds_everything_done(prepared: tuple[Run, str]) -> None:
     run, first = prepared
     assert "documents kept" in first and "bytes a token" in first
     _, second = go(make(run.root))
-    assert second.count("already done") == 6
+    assert second.count("already done") == 7
     with pytest.raises(UserError, match=r"stage 'documents' .* was made with seed=3, not 4"):
         go(make(run.root, seed=4))
 
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_run(prepared: tuple[Run, str], tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert "Starting execution" not in done.stderr and "Traceback" not in done.stderr
-    for name in ("documents", "signals", "signatures", "corpus", "shards"):
+    for name in ("documents", "signals", "signatures", "corpus", "tokenizer"):
         here, there = stage(prepared[0], name), stage(Run(tmp_path / "run"), name)
         assert here.manifest.content == there.manifest.content
 

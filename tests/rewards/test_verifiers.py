@@ -56,7 +56,7 @@ def test_demonstrations_earn_everything(style: str) -> None:
         ("<work>x</work><answer>1_9</answer>", 0, 0),
         ("<work>x</work><answer>18 19</answer>", 0, 0),
         ("<work>x</work><answer>12+7</answer>", 0, 0),
-        ("<work>x</work><answer>１９</answer>", 0, 0),  # noqa: RUF001 - full-width digits
+        ("<work>x</work><answer>１９</answer>", 0, 0),
         ("<work>x</work><answer>١٩</answer>", 0, 0),
         # broken elements
         ("</answer>19<answer>", 0, 0),

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001  (characters that look alike are the point)
+
 """Every metric against a slow twin that is written from the definitions, on varied texts."""
 
 from __future__ import annotations

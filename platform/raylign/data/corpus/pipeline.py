@@ -87,7 +87,7 @@ def build_corpus(
     if config.decontaminate.max_occurrences is not None:
         counts = count_occurrences(rows, items, work, board)
         items = drop_common(items, counts, config.decontaminate.max_occurrences)
-    tally = _decide(inputs, rows, items, config, directory, board)
+    tally, reports = _decide(inputs, rows, items, config, directory, board)
     if not tally.left.get(""):
         raise UserError(explain_empty(tally, config))
     if tally.overlap_after:
@@ -99,7 +99,8 @@ def build_corpus(
     clusters = _describe_duplicates(duplicates)
     found = _describe_items(items, problems, config)
     write_json(directory / "funnel.json", describe(tally, clusters, found))
-    return summarise(tally) | _count_problems(problems)
+    seconds = round(sum(report["seconds"] for report in reports), 3)
+    return summarise(tally) | _count_problems(problems) | {"decide_seconds": seconds}
 
 
 def _compare(
@@ -220,7 +221,7 @@ def _decide(
     config: PrepareConfig,
     directory: Path,
     board: ProgressBoard,
-) -> Tally:
+) -> tuple[Tally, list[dict[str, Any]]]:
     decision = Decision(
         stems=(*inputs.earlier, *inputs.stems),
         quality=config.quality,
@@ -230,9 +231,10 @@ def _decide(
     )
     work = partial(decide_part, decision=decision)
     tally = tally_reading(inputs.reading)
-    for report in run_parts("decide", rows, work, directory, board, "part", "documents"):
+    reports = run_parts("decide", rows, work, directory, board, "part", "documents")
+    for report in reports:
         tally.merge(Tally(**report["tally"]))
-    return tally
+    return tally, reports
 
 
 def _join_held_out(work: Path, file: Path) -> None:

@@ -104,7 +104,10 @@ def _read(file: Path) -> Any:
 def _count_vocabulary(directory: Path) -> int | None:
     model = _read(directory / "tokenizer.json").get("model", {}) if directory.is_dir() else {}
     added = _read(directory / "tokenizer.json").get("added_tokens", [])
-    entries = set(model.get("vocab", {})) | {token["content"] for token in added}
+    vocabulary = model.get("vocab", {})
+    # Unigram models list pairs of piece and score, the others map pieces to ids.
+    pieces = (pair[0] for pair in vocabulary) if isinstance(vocabulary, list) else vocabulary
+    entries = {*pieces, *(token["content"] for token in added)}
     return len(entries) or None
 
 
