@@ -6,6 +6,7 @@ anything else is a defect and shows its traceback.
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -60,6 +61,12 @@ def main(name: str, job: Job, options: Mapping[str, Job] | None = None) -> NoRet
     except UserError as error:
         # Raised in a worker, it arrives wrapped with the worker's traceback.
         sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "the run directory"
+        sys.stderr.write(f"error: no space left for {place}; free some and run again\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished stages are kept, rerun to continue\n")

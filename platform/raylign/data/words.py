@@ -23,7 +23,7 @@ import numba as nb
 import numpy as np
 import pyarrow as pa
 
-_SEPARATOR, _LETTER, _DIGIT, _INNER, _OPERATOR, _BLANK = range(6)
+_SEPARATOR, _LETTER, _DIGIT, _LEAD, _INNER, _OPERATOR, _BLANK = range(7)
 
 
 def _classify_bytes() -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +31,7 @@ def _classify_bytes() -> tuple[np.ndarray, np.ndarray]:
     role = np.full(256, _SEPARATOR, np.uint8)
     folded = np.arange(256, dtype=np.uint8)
     role[128:] = _LETTER
+    role[0xE2] = _LEAD  # may begin a typographic mark
     for letter in range(26):
         role[ord("a") + letter] = role[ord("A") + letter] = _LETTER
         folded[ord("A") + letter] = ord("a") + letter
@@ -44,7 +45,7 @@ def _classify_bytes() -> tuple[np.ndarray, np.ndarray]:
     return role, folded
 
 
-_ROLE, _FOLDED = _classify_bytes()
+ROLE, FOLDED = _classify_bytes()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +73,7 @@ def split_words(texts: pa.Array | pa.ChunkedArray | list[str]) -> Words:
     hashes = np.empty(room, np.uint64)
     starts, ends = np.empty(room, np.int64), np.empty(room, np.int64)
     word_offsets = np.zeros(len(offsets), np.int64)
-    count = _scan(data, offsets, _ROLE, _FOLDED, hashes, starts, ends, word_offsets)
+    count = _scan(data, offsets, ROLE, FOLDED, hashes, starts, ends, word_offsets)
     return Words(hashes[:count], word_offsets, starts[:count], ends[:count])
 
 
@@ -117,43 +118,71 @@ def mix(x):
 
 @kernel
 def _scan(data, offsets, role, folded, hashes, starts, ends, word_offsets):
-    prime = np.uint64(0x100000001B3)
     count = 0
     for document in range(len(offsets) - 1):
-        first, stop = offsets[document], offsets[document + 1]
-        inside = False
-        value = np.uint64(0)
-        i = first
-        while i < stop:
-            byte = data[i]
-            kind = role[byte]
-            width = 1
-            if byte == 0xE2 and i + 2 < stop and data[i + 1] == 0x80:
-                kind, width = _SEPARATOR, 3
-            takes = kind in (_LETTER, _DIGIT)
-            if kind in (_OPERATOR, _INNER):
-                before = role[data[i - 1]] if i > first else _BLANK
-                after = role[data[i + 1]] if i + 1 < stop else _BLANK
-                if before == _DIGIT and after == _DIGIT:
-                    takes = True
-                elif (
-                    kind == _OPERATOR and before == _BLANK and after in (_BLANK, _SEPARATOR, _INNER)
-                ):
-                    hashes[count] = mix(np.uint64(byte) + np.uint64(1))
-                    starts[count], ends[count] = i - first, i + 1 - first
-                    count += 1
-            if takes:
-                if not inside:
-                    inside, value = True, np.uint64(0xCBF29CE484222325)
-                    starts[count] = i - first
-                value = (value ^ np.uint64(folded[byte])) * prime
-            elif inside:
-                hashes[count], ends[count] = mix(value), i - first
-                count += 1
-                inside = False
-            i += width
-        if inside:
-            hashes[count], ends[count] = mix(value), stop - first
-            count += 1
+        count = scan_document(
+            data,
+            offsets[document],
+            offsets[document + 1],
+            role,
+            folded,
+            hashes,
+            starts,
+            ends,
+            count,
+        )
         word_offsets[document + 1] = count
+    return count
+
+
+@kernel
+def scan_document(data, first, stop, role, folded, hashes, starts, ends, count):
+    """Write the words of data[first:stop] from place `count` on; returns the place after them.
+
+    `starts` and `ends` may be empty: then only the hashes are written.
+    """
+    prime, offset = np.uint64(0x100000001B3), np.uint64(0xCBF29CE484222325)
+    places = len(starts) > 0
+    begin = np.int64(-1)  # of the word that the scan is in
+    value = offset
+    i = first
+    while i < stop:
+        byte = data[i]
+        kind = role[byte]
+        if kind in (_LETTER, _DIGIT):
+            if begin < 0:
+                begin, value = i, offset
+            value = (value ^ np.uint64(folded[byte])) * prime
+            i += 1
+            continue
+        takes, width = kind == _LEAD, 1
+        if kind == _LEAD:
+            if i + 2 < stop and data[i + 1] == 0x80:
+                takes, width = False, 3
+        elif kind in (_OPERATOR, _INNER):
+            before = role[data[i - 1]] if i > first else _BLANK
+            after = role[data[i + 1]] if i + 1 < stop else _BLANK
+            if before == _DIGIT and after == _DIGIT:
+                takes = True
+            elif kind == _OPERATOR and before == _BLANK and after in (_BLANK, _SEPARATOR, _INNER):
+                hashes[count] = mix(np.uint64(byte) + np.uint64(1))
+                if places:
+                    starts[count], ends[count] = i - first, i + 1 - first
+                count += 1
+        if takes:
+            if begin < 0:
+                begin, value = i, offset
+            value = (value ^ np.uint64(folded[byte])) * prime
+        elif begin >= 0:
+            hashes[count] = mix(value)
+            if places:
+                starts[count], ends[count] = begin - first, i - first
+            count += 1
+            begin = np.int64(-1)
+        i += width
+    if begin >= 0:
+        hashes[count] = mix(value)
+        if places:
+            starts[count], ends[count] = begin - first, stop - first
+        count += 1
     return count

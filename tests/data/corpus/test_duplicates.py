@@ -27,7 +27,7 @@ BOARD = ProgressBoard(Console(file=io.StringIO()))
 
 
 def run_here(
-    name: str, rows: Sequence[Any], work: Any, directory: Path, *_: Any
+    name: str, rows: Sequence[Any], work: Any, directory: Path, *_: Any, **__: Any
 ) -> list[dict[str, Any]]:
     """`run_parts` without Ray."""
     return [dict(work(row, directory)) for row in rows]

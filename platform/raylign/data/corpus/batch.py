@@ -68,10 +68,10 @@ class Batch:
 
     def cut(self, fates: Fates, at: int) -> None:
         """Take out the passages that occur elsewhere."""
-        for position in np.flatnonzero(self.stays).tolist():
+        affected = np.unique(fates.cuts[:, 0]) - at
+        affected = affected[(affected >= 0) & (affected < len(self._table))]
+        for position in affected[self.stays[affected]].tolist():
             spans = fates.cuts_of(at + position)
-            if not len(spans):
-                continue
             text = self._table["text"][position].as_py()
             shorter, pieces = _cut_spans(text, spans)
             if len(shorter) < _LEAST_LEFT * len(text):
@@ -170,13 +170,16 @@ class Batch:
         if self._signals is not None and "language" in self._signals.schema.names:
             groups["languages"] = self._signals["language"]
         for name, column in groups.items():
-            labels = np.array([str(label) for label in column.to_pylist()], object)
+            labels, places = _encode(column)
+            kept_places = places[stays]
             sums = getattr(tally, name)
-            for label in sorted(set(labels)):
-                mine = stays[labels[stays] == label]
-                counts = {"documents": len(mine), "chars": int(chars[mine].sum())}
-                read = {} if name == "sources" else {"read": int((labels == label).sum())}
-                add(sums, {label: counts | read})
+            documents = np.bincount(kept_places, minlength=len(labels))
+            letters = np.bincount(kept_places, chars[stays], len(labels)).astype(np.int64)
+            everything = np.bincount(places, minlength=len(labels))
+            for place in np.argsort(labels).tolist():
+                counts = {"documents": int(documents[place]), "chars": int(letters[place])}
+                read = {} if name == "sources" else {"read": int(everything[place])}
+                add(sums, {str(labels[place]): counts | read})
         if tally.wants("kept"):
             for position in stays[:1].tolist():
                 tally.show("kept", self._describe(position, self._current(stays[:1])))
@@ -206,6 +209,14 @@ class Batch:
         if not self._steps[position]:
             self._steps[position], self._reasons[position] = step, reasons
             self._texts.pop(position, None)
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The different labels of a column (str), and which of them each row has (int64)."""
+    encoded = pc.fill_null(column, "None").combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    return np.array(encoded.dictionary.to_pylist()), encoded.indices.to_numpy().astype(np.int64)
 
 
 def _cut_spans(text: str, spans: np.ndarray) -> tuple[str, list[str]]:

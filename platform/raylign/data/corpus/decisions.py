@@ -46,8 +46,6 @@ what was found (evaluation items), or null."""
 class Decision:
     """What every part needs to know."""
 
-    stems: tuple[str, ...]
-    """All index parts, those of earlier corpora first."""
     quality: QualityConfig
     decontaminate: DecontaminateConfig
     items: EvaluationIndex
@@ -60,7 +58,7 @@ def decide_part(row: Mapping[str, Any], directory: Path, decision: Decision) -> 
     `row` has `number`, `file`, `used`, `start` (its first document among all), `signals` (a file,
     or "") and `quality` (the source's own rules as JSON, or null). Reports a `Tally`.
     """
-    fates = Fates.load(directory / ".work", row["start"], row["used"], decision.stems)
+    fates = Fates.load(directory / ".work", row["start"], row["used"])
     tally = Tally()
     name = f"part-{row['number']:06d}"
     held: list[str] = []

@@ -113,6 +113,9 @@ class _Tasks:
     board: ProgressBoard
     run: Runner
 
+    def _run(self, name: str, rows: Sequence[Any], work: Any, unit: str) -> list[dict[str, Any]]:
+        return self.run(name, rows, work, self.directory, self.board, unit, stream=False)
+
     def find_copies(self) -> np.ndarray:
         """The preferred one of each document's exact copies; int64 [N]."""
         ranges = _cut_keys(self.size)
@@ -121,7 +124,7 @@ class _Tasks:
         ]
         work = partial(find_copies, stems=tuple(self.stems))
         first = np.arange(self.size)
-        for report in self.run("exact", rows, work, self.directory, self.board, "range"):
+        for report in self._run("exact", rows, work, "range"):
             copies = np.load(self.directory / report["name"])
             first[copies[:, 0]] = copies[:, 1]
         return first
@@ -136,7 +139,7 @@ class _Tasks:
             for start, stop in ranges:
                 rows.append({"number": len(rows), "bands": bands, "start": start, "stop": stop})
         work = partial(find_pairs, stems=tuple(self.stems), settled=self.settled)
-        reports = self.run("near", rows, work, self.directory, self.board, "band")
+        reports = self._run("near", rows, work, "band")
         return [report["name"] for report in reports]
 
     def compare_pairs(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -151,7 +154,7 @@ class _Tasks:
             names=tuple(names),
             needed=needed_agreement(self.config),
         )
-        reports = self.run("compare", rows, work, self.directory, self.board, "range")
+        reports = self._run("compare", rows, work, "range")
         found = [np.load(self.directory / report["name"]) for report in reports]
         verified = np.concatenate([np.empty((0, 2), np.uint64), *found])
         candidates = sum(report["candidates"] for report in reports)
@@ -235,6 +238,16 @@ def _save(directory: Path, name: str, array: np.ndarray) -> dict[str, Any]:
     return {"name": name, "files": [name]}
 
 
+def save_duplicates(found: Duplicates, index: Index, work: Path) -> None:
+    """Write what `Fates` reads: so that a part of the last pass reads its own lines only."""
+    gone = np.flatnonzero(found.kind != KEPT)
+    standing, places = np.unique(found.keeper[gone], return_inverse=True)
+    np.save(work / "gone.npy", gone)
+    np.save(work / "stands.npy", index.gather(standing, "id")[places])
+    np.save(work / "similarity.npy", found.similarity)
+    np.save(work / "kind.npy", found.kind)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fates:
     """What is known of n documents of one part before the last pass."""
@@ -251,17 +264,17 @@ class Fates:
     """int64 [C, 3]: document, first byte and end of a passage to cut; ascending."""
 
     @classmethod
-    def load(cls, work: Path, start: int, size: int, stems: Sequence[str]) -> Fates:
+    def load(cls, work: Path, start: int, size: int) -> Fates:
         """Those of the documents start..start + size of all; what is not in `work` is none."""
         here = slice(start, start + size)
         kind = _load(work, "kind", np.uint8, here)
-        keeper = _load(work, "keeper", np.int64, here)
-        gone = np.flatnonzero(kind != KEPT)
         duplicate_of: dict[int, str] = {}
-        if len(gone):
-            needed, places = np.unique(keeper[gone], return_inverse=True)
-            ids = [format_id(value) for value in Index(stems).gather(needed, "id")]
-            duplicate_of = {int(g): ids[p] for g, p in zip(gone, places, strict=True)}
+        if (work / "gone.npy").exists():
+            gone = np.load(work / "gone.npy", mmap_mode="r")
+            low, high = np.searchsorted(gone, [start, start + size])
+            stands = np.load(work / "stands.npy", mmap_mode="r")[low:high]
+            rows = (gone[low:high] - start).tolist()
+            duplicate_of = dict(zip(rows, map(format_id, stands), strict=True))
         cuts = np.empty((0, 3), np.int64)
         if (work / "cuts.npy").exists():
             everywhere = np.load(work / "cuts.npy", mmap_mode="r")

@@ -5,6 +5,7 @@ Both are rows beside the documents, in their order. Neither depends on a thresho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
@@ -55,7 +56,7 @@ def sign_documents(
 ) -> list[dict[str, Any]]:
     """Write an index part for every file of documents; one report each."""
     work = partial(sign_part, config=config)
-    return run_parts("sign", files, work, directory, board, "part", "documents")
+    return run_parts("sign", files, work, directory, board, "part", "documents", stream=False)
 
 
 def sign_part(row: Mapping[str, Any], directory: Path, config: DedupConfig) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def sign_part(row: Mapping[str, Any], directory: Path, config: DedupConfig) -> d
     chars, days = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
     for table in _read(row, ["doc_id", "date", "text"]):
         signed.append(sign(table["text"], config))
-        ids += map(_as_hex, table["doc_id"].to_pylist())
+        ids += _as_hex(table["doc_id"])
         chars.append(pc.fill_null(pc.utf8_length(table["text"]), 0).to_numpy())
         days.append(_read_days(table["date"]))
     together = Signatures(
@@ -86,16 +87,24 @@ def _read(row: Mapping[str, Any], columns: list[str]) -> Iterator[pa.Table]:
         left -= len(table)
 
 
-def _as_hex(doc_id: str) -> str:
-    """The id itself when it is one of ours; else a hash of it."""
-    if len(doc_id) == 32 and all(c in "0123456789abcdef" for c in doc_id):
-        return doc_id
-    return xxhash.xxh3_128_hexdigest(doc_id.encode())
+def _as_hex(ids: pa.ChunkedArray) -> list[str]:
+    """The ids themselves where they are of our form; hashes of the others."""
+    ours = pc.all(pc.match_substring_regex(ids, "^[0-9a-f]{32}$")).as_py()
+    values = ids.to_pylist()
+    if ours:
+        return values
+    hexadecimal = re.compile("[0-9a-f]{32}")
+    return [
+        value if hexadecimal.fullmatch(value) else xxhash.xxh3_128_hexdigest(value.encode())
+        for value in values
+    ]
 
 
 def _read_days(dates: pa.ChunkedArray) -> np.ndarray:
     """Days since 1970 of ISO dates; `NO_DAY` for what is none."""
     days = np.full(len(dates), NO_DAY, np.int32)
+    if dates.null_count == len(dates):
+        return days
     for position, value in enumerate(dates.to_pylist()):
         if value:
             try:

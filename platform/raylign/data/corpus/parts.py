@@ -1,4 +1,4 @@
-"""A pass over many parts on Ray Data, each part whole or absent, and never done twice.
+"""A pass over many parts on Ray, each part whole or absent, and never done twice.
 
 A part is a row of plain values with a `number`. Its worker writes the part's files and then, last
 and by rename, `.done/PASS-NUMBER.json`: what was made, with size and hash. A pass that was killed
@@ -14,12 +14,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.data
 
 from raylign.config import UserError
@@ -41,6 +42,7 @@ def run_parts(
     board: ProgressBoard,
     unit: str = "part",
     size: str | None = None,
+    stream: bool = True,
 ) -> list[dict[str, Any]]:
     """Do `work` for every row that is not done yet; what every part reported, in order of number.
 
@@ -48,6 +50,10 @@ def run_parts(
     an integer `number`. Reports also hold `seconds`, `cpu_seconds` and, for every file, `size` and
     `sha256`. The bar counts parts, and beside them the sum of a report's `size`. Raises the first
     `UserError` of a worker.
+
+    With `stream` the rows are a Ray Data dataset: for passes that read, extract, measure and
+    tokenise. Without, they are plain tasks: for passes that compare documents, or join what is
+    known of them, where the streaming executor would cost more than the work.
     """
     (directory / DONE).mkdir(parents=True, exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}
@@ -61,7 +67,7 @@ def run_parts(
     total = sum(int(report[size]) for report in reports.values()) if size else 0
     with board.bar(name, len(rows), unit) as bar:
         bar.update(len(reports), note=f"{total:,} {size}" if size else "")
-        for number in _stream(name, pending, work, directory):
+        for number in (_stream if stream else _spread)(name, pending, work, directory):
             report = json.loads(_report_file(directory, name, number).read_text(encoding="utf-8"))
             reports[number] = report
             total += int(report[size]) if size else 0
@@ -69,8 +75,10 @@ def run_parts(
     return [reports[row["number"]] for row in rows]
 
 
-def _stream(name: str, rows: Sequence[Mapping[str, Any]], work: Work, directory: Path) -> Any:
-    """Numbers of the parts, as they are done."""
+def _stream(
+    name: str, rows: Sequence[Mapping[str, Any]], work: Work, directory: Path
+) -> Iterator[int]:
+    """Numbers of the parts, as they are done, by Ray Data."""
     if not rows:
         return
     _quiet()
@@ -84,6 +92,28 @@ def _stream(name: str, rows: Sequence[Mapping[str, Any]], work: Work, directory:
         if row["error"]:
             raise UserError(row["error"])
         yield row["number"]
+
+
+def _spread(
+    name: str, rows: Sequence[Mapping[str, Any]], work: Work, directory: Path
+) -> Iterator[int]:
+    """Numbers of the parts, as they are done, by plain tasks; a few more than there are CPUs."""
+    do = ray.remote(_do).options(scheduling_strategy="SPREAD")
+    shared = ray.put(work)
+    waiting = list(reversed(rows))
+    running: set[ray.ObjectRef] = set()
+    while waiting or running:
+        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        while waiting and len(running) < window:
+            row = waiting.pop()
+            table = pa.table({"number": [row["number"]], "row": [json.dumps(row)]})
+            running.add(do.remote(table, name, shared, str(directory)))
+        ready, rest = ray.wait(list(running), num_returns=1)
+        running = set(rest)
+        for row in ray.get(ready[0]).to_pylist():
+            if row["error"]:
+                raise UserError(row["error"])
+            yield row["number"]
 
 
 def _do(rows: pa.Table, name: str, work: Work, directory: str) -> pa.Table:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from raylign.config import PrepareConfig, UserError
 from raylign.data.corpus.decisions import Decision, decide_part, judge_part
-from raylign.data.corpus.duplicates import SETTLED, Duplicates, find_duplicates
+from raylign.data.corpus.duplicates import SETTLED, Duplicates, find_duplicates, save_duplicates
 from raylign.data.corpus.features import Files
 from raylign.data.corpus.funnel import Tally, describe, explain_empty, summarise, tally_reading
 from raylign.data.corpus.occurrences import count_occurrences
@@ -115,8 +115,7 @@ def _compare(
     found = find_duplicates(
         (*inputs.earlier, *inputs.stems), alive, priority, settled, config.dedup, work, board
     )
-    for name in ("keeper", "similarity", "kind"):
-        np.save(work / f"{name}.npy", getattr(found, name))
+    save_duplicates(found, index, work)
     return found
 
 
@@ -133,7 +132,7 @@ def _judge(
     if not all(row["signals"] for row in inputs.files):
         return np.ones(sum(row["used"] for row in inputs.files), bool), None
     work_on = partial(judge_part, quality=config.quality, best=best)
-    reports = run_parts("judge", inputs.files, work_on, work, board)
+    reports = run_parts("judge", inputs.files, work_on, work, board, stream=False)
     passes = np.concatenate([np.load(work / report["name"]) for report in reports])
     if not best:
         return passes, None
@@ -223,7 +222,6 @@ def _decide(
     board: ProgressBoard,
 ) -> tuple[Tally, list[dict[str, Any]]]:
     decision = Decision(
-        stems=(*inputs.earlier, *inputs.stems),
         quality=config.quality,
         decontaminate=config.decontaminate,
         items=items,
@@ -231,7 +229,7 @@ def _decide(
     )
     work = partial(decide_part, decision=decision)
     tally = tally_reading(inputs.reading)
-    reports = run_parts("decide", rows, work, directory, board, "part", "documents")
+    reports = run_parts("decide", rows, work, directory, board, "part", "documents", stream=False)
     for report in reports:
         tally.merge(Tally(**report["tally"]))
     return tally, reports

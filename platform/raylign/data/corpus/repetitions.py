@@ -48,7 +48,9 @@ def find_cuts(
         names = tuple(report["name"] for report in reports)
         ranges = _cut_ranges(sum(report["lines"] for report in reports))
         find = partial(find_line_cuts, names=names, least=config.lines.documents)
-        found += _load(directory, run_parts("repeated", ranges, find, directory, board, "range"))
+        found += _load(
+            directory, run_parts("repeated", ranges, find, directory, board, "range", stream=False)
+        )
     if config.substring is not None:
         found += _find_passages(files, config.substring.words, directory, board)
     return merge_spans(np.concatenate(found))
@@ -93,7 +95,9 @@ def _find_passages(
     names = tuple(report["name"] for report in reports)
     ranges = _cut_ranges(sum(report["anchors"] for report in reports))
     find = partial(pair_anchors, names=names)
-    pairs = tuple(r["name"] for r in run_parts("pairs", ranges, find, directory, board, "range"))
+    pairs = tuple(
+        r["name"] for r in run_parts("pairs", ranges, find, directory, board, "range", stream=False)
+    )
     starts = tuple((row["start"], row["used"], row["number"]) for row in files)
     cut = partial(find_passages, names=pairs, parts=starts, length=length)
     return _load(directory, run_parts("passages", files, cut, directory, board))

@@ -349,6 +349,8 @@ def _expand(entries: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def overlapping(texts: pa.Array | pa.ChunkedArray | Sequence[str], index: Index) -> list[int]:
     """Positions of the texts that contain an indexed item."""
+    if not len(index.lengths):
+        return []
     matches = find_matches(texts, index)
     return np.unique(matches.documents[weigh(matches, index).counted]).tolist()
 

@@ -56,6 +56,8 @@ def decontaminate(
     within `config.window` bytes of) goes, until nothing is found any more; a document that loses
     more than half of its characters so goes altogether, as all do by `document`.
     """
+    if not len(index.lengths):
+        return {}
     matches = find_matches(texts, index)
     found = _list_hits(texts, matches, weigh(matches, index), index)
     if config.granularity == "document":

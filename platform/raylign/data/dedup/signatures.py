@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numba as nb
 import numpy as np
 import pyarrow as pa
 
 from raylign.config import DedupConfig
-from raylign.data.words import kernel, mix, split_words, text_buffers
+from raylign.data.words import FOLDED, ROLE, kernel, mix, scan_document, text_buffers
 
 _MASK = (1 << 64) - 1
 
@@ -42,13 +41,16 @@ def sign(texts: pa.Array | pa.ChunkedArray | list[str], config: DedupConfig) -> 
 
     A document with fewer words is one shingle.
     """
-    words = split_words(texts)
-    size, count = len(words.offsets) - 1, config.bands * config.rows
+    data, offsets = text_buffers(texts)
+    size, count = len(offsets) - 1, config.bands * config.rows
     bands = np.empty((size, config.bands), np.uint64)
     sketches = np.empty((size, count), np.uint8)
     shingles = np.empty(size, np.int64)
     slopes, shifts = _coefficients(count)
-    _sign(words.hashes, words.offsets, slopes, shifts, config.ngram, bands, sketches, shingles)
+    words = np.empty(int(np.diff(offsets).max(initial=0)) // 2 + 2, np.uint64)
+    _sign(
+        data, offsets, ROLE, FOLDED, words, slopes, shifts, config.ngram, bands, sketches, shingles
+    )
     return Signatures(hash_texts(texts), bands, sketches, shingles)
 
 
@@ -56,7 +58,8 @@ def hash_texts(texts: pa.Array | pa.ChunkedArray | list[str]) -> np.ndarray:
     """uint64 [N, 2], equal for texts that differ in ASCII case and white space only."""
     data, offsets = text_buffers(texts)
     hashes = np.empty((len(offsets) - 1, 2), np.uint64)
-    _hash(data, offsets, hashes)
+    room = np.zeros((int(np.diff(offsets).max(initial=0)) + 15) // 8 * 8, np.uint8)
+    _hash(data, offsets, room, hashes)
     return hashes
 
 
@@ -84,54 +87,56 @@ def _coefficients(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @kernel
-def _hash(data, offsets, hashes):
+def _hash(data, offsets, room, hashes):
+    """`room`: uint8, zeros, for the longest text and eight bytes more."""
+    blocks = room.view(np.uint64)
     for document in range(len(offsets) - 1):
-        one, two = np.uint64(0xCBF29CE484222325), np.uint64(0x9AE16A3B2F90404F)
-        block, filled, pending = np.uint64(0), 0, False
-        for i in range(offsets[document], offsets[document + 1]):
-            byte = data[i]
-            if byte == 32 or 9 <= byte <= 13:
-                pending = filled > 0 or one != np.uint64(0xCBF29CE484222325)
-                continue
-            if 65 <= byte <= 90:
-                byte += np.uint8(32)
-            if pending:
-                block, filled = (block << np.uint64(8)) | np.uint64(32), filled + 1
-                pending = False
-                if filled == 8:
-                    one, two = _absorb(one, two, block)
-                    block, filled = np.uint64(0), 0
-            block, filled = (block << np.uint64(8)) | np.uint64(byte), filled + 1
-            if filled == 8:
-                one, two = _absorb(one, two, block)
-                block, filled = np.uint64(0), 0
-        one, two = _absorb(one, two, block)
-        one, two = _absorb(one, two, np.uint64(filled))
+        size = _fold(data, offsets[document], offsets[document + 1], room)
+        one, two = np.uint64(size), ~np.uint64(size)
+        for i in range((size + 7) // 8):
+            one = (one ^ blocks[i]) * np.uint64(0x9E3779B97F4A7C15)
+            one ^= one >> np.uint64(32)
+            two = (two ^ blocks[i]) * np.uint64(0xC2B2AE3D27D4EB4F)
+            two ^= two >> np.uint64(29)
         hashes[document, 0], hashes[document, 1] = mix(one), mix(two)
 
 
-@nb.njit(inline="always")
-def _absorb(one, two, block):
-    """Two independent 64-bit states take up eight bytes."""
-    one = mix(one ^ block) * np.uint64(0x9E3779B97F4A7C15)
-    two = (two ^ (block * np.uint64(0xC2B2AE3D27D4EB4F))) * np.uint64(0x165667B19E3779F9)
-    return one, two ^ (two >> np.uint64(29))
+@kernel
+def _fold(data, first, stop, room):
+    """Lower-case bytes with single blanks, none at either end, then zeros to a multiple of 8."""
+    size, blank = 0, True
+    for i in range(first, stop):
+        byte = data[i]
+        if byte <= 32 and (byte == 32 or (byte >= 9 and byte <= 13)):
+            room[size] = 32
+            size += not blank
+            blank = True
+        else:
+            room[size] = byte + np.uint8(32) if byte >= 65 and byte <= 90 else byte
+            size += 1
+            blank = False
+    if size and blank:
+        size -= 1
+    room[size : (size + 7) // 8 * 8] = 0
+    return size
 
 
 @kernel
-def _sign(words, offsets, slopes, shifts, ngram, bands, sketches, shingles):
+def _sign(data, offsets, role, folded, words, slopes, shifts, ngram, bands, sketches, shingles):
     count, rows = slopes.shape[0], slopes.shape[0] // bands.shape[1]
     minima = np.empty(count, np.uint32)
     prime = np.uint64(0x9E3779B97F4A7C15)
+    nowhere = np.empty(0, np.int64)
     for document in range(len(offsets) - 1):
-        first, size = offsets[document], offsets[document + 1] - offsets[document]
+        first, stop = offsets[document], offsets[document + 1]
+        size = scan_document(data, first, stop, role, folded, words, nowhere, nowhere, 0)
         width = min(ngram, size)
         shingles[document] = 0 if size == 0 else size - width + 1
         minima[:] = np.uint32(0xFFFFFFFF)
         for s in range(shingles[document]):
             value = np.uint64(0)
             for j in range(width):
-                value = value * prime + words[first + s + j]
+                value = value * prime + words[s + j]
             top = np.uint32(mix(value) >> np.uint64(32))
             for j in range(count):
                 minima[j] = min(minima[j], np.uint32(np.uint32(top * slopes[j]) + shifts[j]))
