@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numba.core.caching
 import pyarrow as pa
 import pytest
 
+from raylign.data import words as definitions
 from raylign.data.words import Words, kernel, split_words
 
 
@@ -81,3 +85,22 @@ def test_kernels_work_without_a_place_to_cache_them(monkeypatch: pytest.MonkeyPa
 def test_prose_agrees_with_a_regular_expression() -> None:
     text = " ".join(f"Word{i} isn't here; (see {i * 37}) end." for i in range(300))
     assert spell(text) == re.findall(r"[A-Za-z0-9]+", text)
+
+
+def test_machine_code_follows_kernels_in_other_files(tmp_path: Path) -> None:
+    """numba's own cache looks at the file of the calling kernel alone."""
+    package = tmp_path / "package"
+    package.mkdir()
+    source = Path(definitions.__file__).read_text()
+    (package / "words.py").write_text(source)
+    (package / "caller.py").write_text(
+        "from words import kernel\nfrom callee import inner\n\n\n"
+        "@kernel\ndef outer(x):\n    return inner(x) + 1\n"
+    )
+    for value in (10, 20):
+        (package / "callee.py").write_text(
+            f"from words import kernel\n\n\n@kernel\ndef inner(x):\n    return x + {value}\n"
+        )
+        command = [sys.executable, "-c", "from caller import outer; print(outer(0))"]
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True)
+        assert int(done.stdout) == value + 1

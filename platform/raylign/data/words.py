@@ -15,13 +15,16 @@ Digits are kept as they are: pages that differ in their numbers only are not dup
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numba as nb
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 _SEPARATOR, _LETTER, _DIGIT, _LEAD, _INNER, _OPERATOR, _BLANK = range(7)
 
@@ -100,9 +103,24 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     has neither compiles in every process instead of failing.
     """
     try:
-        return nb.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # "cannot cache function: no locator available"
+        compiled = nb.njit(nogil=True, cache=True)(function)
+        # numba looks at the function's own file alone, and would keep machine code that calls an
+        # older version of a kernel in another file.
+        compiled._cache._cache_file._source_stamp = _stamp_sources()
+    except (RuntimeError, AttributeError):  # "cannot cache function: no locator available"
         return nb.njit(nogil=True)(function)
+    return compiled
+
+
+@functools.cache
+def _stamp_sources() -> str:
+    """Hash of all files of this package that hold kernels."""
+    state = xxhash.xxh3_128()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        source = file.read_bytes()
+        if b"@kernel" in source or b"@nb.njit" in source:
+            state.update(source)
+    return state.hexdigest()
 
 
 @nb.njit(inline="always")
