@@ -66,6 +66,9 @@ class SourceConfig(Section):
     takes all the text there is."""
     max_record_bytes: int = Field(default=16 << 20, ge=1)
     """A larger record (line, page, cell) is rejected; bounds memory."""
+    part_bytes: int = Field(default=32 << 20, ge=1)
+    """Bytes of a file that one task reads, and that become one part of every stage; raise it to
+    about a gigabyte for corpora of terabytes. Compressed files stay whole."""
     quality: QualityConfig | None = None
     """Thresholds for this source in place of `prepare.quality`."""
     name: str | None = None

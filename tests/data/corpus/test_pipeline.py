@@ -296,3 +296,42 @@ def test_too_many_held_out_problems(tmp_path: Path, board: ProgressBoard) -> Non
     config = PrepareConfig(sources=(SourceConfig(kind="textbook"),), textbook=textbook)
     with pytest.raises(UserError, match=r"prepare\.textbook\.held_out=500: cannot hold out"):
         build(config, tmp_path / "x", board)
+
+
+def test_nobody_goes_for_a_document_that_goes_itself(
+    tmp_path: Path, ray_cluster: None, board: ProgressBoard
+) -> None:
+    """The longest of two near copies holds an evaluation item: the other one stays."""
+    body = " ".join(f"word{number}" for number in range(120))
+    question = "How many boats lie in the harbour when the last of the twelve sails has come home"
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in (f"{body} {question}?", body, PROSE))
+    )
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": question}) + "\n")
+    config = PrepareConfig.model_validate(
+        {
+            "sources": [{"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}],
+            "english_held_out_share": 0.0,
+            "decontaminate": {
+                "granularity": "document",
+                "max_occurrences": 5,
+                "against": [
+                    {
+                        "task": "quiz",
+                        "path": str(tmp_path / "quiz.jsonl"),
+                        "columns": ["question"],
+                    }
+                ],
+            },
+        }
+    )
+    corpus = build(config, tmp_path / "x", board)
+    assert [row["text"][:8] for row in read(corpus / "documents")] == [body[:8], PROSE[:8]]
+    (gone,) = read(corpus / "excluded")
+    assert (gone["stage"], gone["reasons"]) == ("decontaminate", ["quiz"])
+    (hit,) = json.loads(gone["details"])["evaluation_items"]
+    assert (hit["task"], hit["item_coverage"]) == ("quiz", 1.0) and question in hit["excerpt"]
+    funnel = json.loads((corpus / "funnel.json").read_text())
+    assert funnel["decontamination"]["tasks"]["quiz"]["documents"] == 1
+    assert funnel["duplicates"]["orphaned"] == 0
+    assert not (corpus / "exercises.jsonl").exists()

@@ -13,7 +13,6 @@ import xxhash
 
 from raylign.config import SourceConfig, TextbookConfig, UserError
 from raylign.data.extraction.text import clean_text
-from raylign.data.sources import files as source_files
 from raylign.data.sources import gathering
 from raylign.data.sources.python import list_modules
 from raylign.data.sources.slices import plan_slices, read_slice
@@ -135,13 +134,10 @@ def test_malformed_json_lines_are_rejected_with_a_reason(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 50, 1000])
-def test_rows_do_not_depend_on_where_files_are_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
+def test_rows_do_not_depend_on_where_files_are_cut(tmp_path: Path, size: int) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [*JSON_LINES[:9], JSON_LINES[10]])
     whole = read(SourceConfig(kind="jsonl", path=file))
-    monkeypatch.setattr(source_files, "CUT_BYTES", size)
-    parts = read(SourceConfig(kind="jsonl", path=file))
+    parts = read(SourceConfig(kind="jsonl", path=file, part_bytes=size))
     assert [(r["doc_id"], r["text"]) for r in parts] == [(r["doc_id"], r["text"]) for r in whole]
 
 
@@ -164,7 +160,7 @@ def test_gzip_and_what_is_left_of_a_broken_one(tmp_path: Path) -> None:
     assert not any(row["reason"] for row in rows[:-1])
 
 
-def test_parquet_by_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_by_row_group(tmp_path: Path) -> None:
     texts = [None if i == 13 else f"text {i}" for i in range(50)]
     pq.write_table(
         pa.table({"content": texts, "n": range(50)}), tmp_path / "a.parquet", row_group_size=7
@@ -173,7 +169,7 @@ def test_parquet_by_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     whole = read(config)
     assert [row["text"] for row in whole if not row["reason"]] == [t for t in texts if t]
     assert whole[13]["reason"] == "not_text"
-    monkeypatch.setattr(source_files, "CUT_BYTES", 1)
+    config = config.model_copy(update={"part_bytes": 1})
     assert len(plan_slices([config], TEXTBOOK)) == 8
     assert [row["doc_id"] for row in read(config)] == [row["doc_id"] for row in whole]
 

@@ -23,6 +23,7 @@ from raylign.data.corpus.batch import Batch
 from raylign.data.corpus.duplicates import Fates
 from raylign.data.corpus.funnel import Tally
 from raylign.data.decontamination.index import Index as EvaluationIndex
+from raylign.data.decontamination.removal import decontaminate
 from raylign.data.documents import DOCUMENTS, read_batches
 from raylign.data.quality.rules import judge
 from raylign.data.tables import TableWriter
@@ -90,16 +91,23 @@ def decide_part(row: Mapping[str, Any], directory: Path, decision: Decision) -> 
 
 
 def judge_part(
-    row: Mapping[str, Any], directory: Path, quality: QualityConfig, best: bool
+    row: Mapping[str, Any], directory: Path, decision: Decision, best: bool
 ) -> dict[str, Any]:
-    """Write which documents of one file pass the rules, and with `best` their scores.
+    """Write which documents of one file may stand for others, and with `best` their scores.
 
-    `row` is that of `decide_part`. Reports the `name` of a bool [n] file, and of a float32 [n] one.
+    Those may that pass the rules and that evaluation items will not take out: a document must not
+    go for one that goes itself. `row` is that of `decide_part`. Reports the `name` of a bool [n]
+    file, and with `best` the `scores` in a float32 [n] one.
     """
     passes, scores = [np.empty(0, bool)], [np.empty(0, np.float32)]
-    for _, table, signals in _read(row, ["doc_id"]):
-        reasons = _judge(row, signals, quality, len(table))
-        passes.append(np.array([not found for found in reasons], bool))
+    columns = ["text"] if len(decision.items.lengths) else ["doc_id"]
+    for _, table, signals in _read(row, columns):
+        reasons = _judge(row, signals, decision.quality, len(table))
+        good = np.array([not found for found in reasons], bool)
+        if len(decision.items.lengths):
+            verdicts = decontaminate(table["text"], decision.items, decision.decontaminate)
+            good[[place for place, verdict in verdicts.items() if verdict.text is None]] = False
+        passes.append(good)
         if best and signals is not None:
             scores.append(signals["education_score"].to_numpy().astype(np.float32))
     name = f"passes-{row['number']:06d}.npy"

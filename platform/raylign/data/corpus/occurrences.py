@@ -17,24 +17,24 @@ from raylign.tracking import ProgressBoard
 
 
 def count_occurrences(
-    files: Files, index: Index, directory: Path, board: ProgressBoard
+    name: str, files: Files, index: Index, directory: Path, board: ProgressBoard
 ) -> np.ndarray:
-    """Documents that hold each entry of `index`; int64 [E]."""
-    work = partial(count_part, index=index)
-    reports = run_parts("count", files, work, directory, board)
+    """Documents that hold each entry of `index`; int64 [E]. `name` is that of the pass."""
+    work = partial(count_part, index=index, name=name)
+    reports = run_parts(name, files, work, directory, board)
     counts = np.load(directory / reports[0]["name"])
     for report in reports[1:]:
         counts = counts + np.load(directory / report["name"])
     return counts
 
 
-def count_part(row: Mapping[str, Any], directory: Path, index: Index) -> dict[str, Any]:
+def count_part(row: Mapping[str, Any], directory: Path, index: Index, name: str) -> dict[str, Any]:
     """Write the counts of one file of documents."""
     counts = count_documents([], index)
     left = row["used"]
     for table in read_batches(Path(row["file"]), ["text"]):
         counts = counts + count_documents(table["text"].slice(0, max(0, left)), index)
         left -= len(table)
-    name = f"count-{row['number']:06d}.npy"
-    np.save(directory / name, counts)
-    return {"name": name, "files": [name]}
+    file = f"{name}-{row['number']:06d}.npy"
+    np.save(directory / file, counts)
+    return {"name": file, "files": [file]}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ import pyarrow as pa
 
 from raylign.config import PrepareConfig, UserError
 from raylign.data.corpus.decisions import Decision, decide_part, judge_part
-from raylign.data.corpus.duplicates import SETTLED, Duplicates, find_duplicates, save_duplicates
+from raylign.data.corpus.duplicates import (
+    KEPT,
+    SETTLED,
+    Duplicates,
+    find_duplicates,
+    save_duplicates,
+)
 from raylign.data.corpus.features import Files
 from raylign.data.corpus.funnel import Tally, describe, explain_empty, summarise, tally_reading
 from raylign.data.corpus.occurrences import count_occurrences
@@ -76,18 +82,24 @@ def build_corpus(
     for folder in (work, directory / "documents", directory / "excluded"):
         folder.mkdir(parents=True, exist_ok=True)
     index = Index((*inputs.earlier, *inputs.stems))
-    duplicates = _compare(inputs, index, config, work, board)
+    problems = _draw_problems(inputs, config, seed)
+    known = _list_items(problems, config)
+    decision = Decision(
+        quality=config.quality,
+        decontaminate=config.decontaminate,
+        items=_build_index(known, inputs.files, config, work, board, "count"),
+        pii=config.pii,
+    )
+    duplicates = _compare(inputs, index, config, decision, work, board)
     starts = index.offsets[len(inputs.earlier) :]
     held = _hold_out(inputs, index, duplicates, config.english_held_out_share, seed, starts)
     np.save(work / "held.npy", held)
     rows = [dict(row) | {"start": int(at)} for row, at in zip(inputs.files, starts, strict=False)]
     np.save(work / "cuts.npy", find_cuts(rows, duplicates.kept & ~held, config.dedup, work, board))
-    problems = _draw_problems(inputs, config, seed)
-    items = _collect_items(rows, held, problems, config)
-    if config.decontaminate.max_occurrences is not None:
-        counts = count_occurrences(rows, items, work, board)
-        items = drop_common(items, counts, config.decontaminate.max_occurrences)
-    tally, reports = _decide(inputs, rows, items, config, directory, board)
+    known += _list_held_out(rows, held)
+    items = _build_index(known, rows, config, work, board, "recount")
+    decision = replace(decision, items=items)
+    tally, reports = _decide(inputs, rows, decision, directory, board)
     if not tally.left.get(""):
         raise UserError(explain_empty(tally, config))
     if tally.overlap_after:
@@ -96,7 +108,7 @@ def build_corpus(
         write_problems(problems, items, directory)
     _join_held_out(work, directory / "english_held_out.jsonl")
     _write_kept(inputs, work, directory / "kept.npy")
-    clusters = _describe_duplicates(duplicates)
+    clusters = _describe_duplicates(duplicates, held, np.load(directory / "kept.npy"))
     found = _describe_items(items, problems, config)
     write_json(directory / "funnel.json", describe(tally, clusters, found))
     seconds = round(sum(report["seconds"] for report in reports), 3)
@@ -104,10 +116,15 @@ def build_corpus(
 
 
 def _compare(
-    inputs: Inputs, index: Index, config: PrepareConfig, work: Path, board: ProgressBoard
+    inputs: Inputs,
+    index: Index,
+    config: PrepareConfig,
+    decision: Decision,
+    work: Path,
+    board: ProgressBoard,
 ) -> Duplicates:
-    """Duplicates among the documents that pass the rules, and the arrays that `Fates` reads."""
-    passes, scores = _judge(inputs, config, work, board)
+    """Duplicates among the documents that may stay, and the arrays that `Fates` reads."""
+    passes, scores = _judge(inputs, config, decision, work, board)
     settled = len(index) - len(passes)
     alive = np.concatenate([_earlier_kept(inputs, settled), passes])
     priority = np.full(len(index), SETTLED)
@@ -120,18 +137,18 @@ def _compare(
 
 
 def _judge(
-    inputs: Inputs, config: PrepareConfig, work: Path, board: ProgressBoard
+    inputs: Inputs, config: PrepareConfig, decision: Decision, work: Path, board: ProgressBoard
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which documents pass the rules, and their scores where `keep` needs them."""
+    """Which documents may stand for others, and their scores where `keep` needs them."""
     best = config.dedup.keep == "best"
     if best and config.signals.classifier is None:
         raise UserError(
             "prepare.dedup.keep=best: needs the scores of a classifier; give "
             "prepare.signals.classifier, or another rule"
         )
-    if not all(row["signals"] for row in inputs.files):
+    if not len(decision.items.lengths) and not any(row["signals"] for row in inputs.files):
         return np.ones(sum(row["used"] for row in inputs.files), bool), None
-    work_on = partial(judge_part, quality=config.quality, best=best)
+    work_on = partial(judge_part, decision=decision, best=best)
     reports = run_parts("judge", inputs.files, work_on, work, board, stream=False)
     passes = np.concatenate([np.load(work / report["name"]) for report in reports])
     if not best:
@@ -190,13 +207,33 @@ def _draw_problems(inputs: Inputs, config: PrepareConfig, seed: int) -> Problems
     return draw_problems(config.textbook, seed)
 
 
-def _collect_items(
-    rows: Files, held: np.ndarray, problems: Problems | None, config: PrepareConfig
-) -> EvaluationIndex:
-    """Everything that training may not see: problems, held-out texts and evaluation sets."""
+def _list_items(problems: Problems | None, config: PrepareConfig) -> list[Item]:
+    """Evaluation sets, and every way to ask or state a held-out problem."""
     items = load_items(config.decontaminate)
     for problem in problems.held_out if problems else ():
         items += [Item(HELD_OUT, problem.key, needle) for needle in list_needles([problem])]
+    return items
+
+
+def _build_index(
+    items: Sequence[Item],
+    files: Files,
+    config: PrepareConfig,
+    work: Path,
+    board: ProgressBoard,
+    name: str,
+) -> EvaluationIndex:
+    """The index of `items`, without the n-grams that too many documents hold; `name` of a pass."""
+    index = build_index(items, config.decontaminate.ngram)
+    most = config.decontaminate.max_occurrences
+    if most is None:
+        return index
+    return drop_common(index, count_occurrences(name, files, index, work, board), most)
+
+
+def _list_held_out(rows: Files, held: np.ndarray) -> list[Item]:
+    """The documents that are kept for evaluation."""
+    items: list[Item] = []
     for row in rows:
         wanted = held[row["start"] : row["start"] + row["used"]]
         if not wanted.any():
@@ -205,28 +242,15 @@ def _collect_items(
         for table in read_batches(Path(row["file"]), ["doc_id", "text"]):
             mask = wanted[at : at + len(table)]
             chosen = table.slice(0, len(mask)).filter(pa.array(mask))
-            for doc_id, text in zip(
-                *(chosen[n].to_pylist() for n in chosen.schema.names), strict=True
-            ):
-                items.append(Item(HELD_OUT, doc_id, text))
+            for document in chosen.to_pylist():
+                items.append(Item(HELD_OUT, document["doc_id"], document["text"]))
             at += len(table)
-    return build_index(items, config.decontaminate.ngram)
+    return items
 
 
 def _decide(
-    inputs: Inputs,
-    rows: Files,
-    items: EvaluationIndex,
-    config: PrepareConfig,
-    directory: Path,
-    board: ProgressBoard,
+    inputs: Inputs, rows: Files, decision: Decision, directory: Path, board: ProgressBoard
 ) -> tuple[Tally, list[dict[str, Any]]]:
-    decision = Decision(
-        quality=config.quality,
-        decontaminate=config.decontaminate,
-        items=items,
-        pii=config.pii,
-    )
     work = partial(decide_part, decision=decision)
     tally = tally_reading(inputs.reading)
     reports = run_parts("decide", rows, work, directory, board, "part", "documents", stream=False)
@@ -247,14 +271,24 @@ def _write_kept(inputs: Inputs, work: Path, file: Path) -> None:
     np.save(file, np.concatenate(marks))
 
 
-def _describe_duplicates(duplicates: Duplicates) -> dict[str, Any]:
-    """How many documents each kept one stands for, and what was compared."""
-    sizes = np.bincount(duplicates.keeper[duplicates.kind != 0]) + 1
+def _describe_duplicates(
+    duplicates: Duplicates, held: np.ndarray, kept: np.ndarray
+) -> dict[str, Any]:
+    """How many documents each kept one stands for, and what was compared.
+
+    `orphaned` are duplicates of a document that went later itself, for what it held of evaluation
+    texts or of others' passages.
+    """
+    stays = held | duplicates.alive
+    stays[len(stays) - len(kept) :] = kept | held[len(stays) - len(kept) :]
+    gone = np.flatnonzero(duplicates.kind != KEPT)
+    sizes = np.bincount(duplicates.keeper[gone]) + 1
     values, counts = np.unique(sizes[sizes > 1], return_counts=True)
     return {
         "clusters": {str(v): int(c) for v, c in zip(values.tolist(), counts.tolist(), strict=True)},
         "candidates": duplicates.candidates,
         "verified": duplicates.verified,
+        "orphaned": int((~stays[duplicates.keeper[gone]]).sum()),
     }
 
 

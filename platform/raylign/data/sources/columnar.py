@@ -20,10 +20,8 @@ from raylign.data.sources.storage import Stored, open_arrow
 READ_ROWS = 1000
 
 
-def cut_row_groups(
-    file: Stored, source: SourceConfig, key: str, cut_bytes: int
-) -> list[tuple[int, int]]:
-    """Runs of row groups of about `cut_bytes`. Raises `UserError` for what is not Parquet, and for
+def cut_row_groups(file: Stored, source: SourceConfig, key: str) -> list[tuple[int, int]]:
+    """Runs of row groups of about `part_bytes`. Raises `UserError` for what is not Parquet, and for
     columns that are missing or hold no text."""
     try:
         with open_arrow(file.path) as stream:
@@ -44,7 +42,7 @@ def cut_row_groups(
     bounds, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
-        if size >= cut_bytes:
+        if size >= source.part_bytes:
             bounds.append((start, group + 1))
             start, size = group + 1, 0
     if start < metadata.num_row_groups:
@@ -85,8 +83,9 @@ def read(part: Slice) -> Iterator[Row | pa.Table]:
                     yield from read_batch(batch, row, part, columns)
                     row += batch.num_rows
             except (pa.ArrowException, OSError) as error:
-                text = f"{after - row} rows: {error}"
-                yield reject(f"{part.name}#{row}", row, text.encode(), "damaged_row_group")
+                text = f"{after - row} rows: {error}".encode()
+                for lost in range(row, after):  # each is a record that is missing
+                    yield reject(f"{part.name}#{lost}", lost, text, "damaged_row_group")
             before = after
 
 

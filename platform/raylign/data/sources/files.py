@@ -31,8 +31,6 @@ KINDS = {
 """Kind to the file names that are read from a directory; a file given by name, or matched by a
 pattern, may be called anything."""
 
-CUT_BYTES = 32 << 20
-
 
 def cut(source: SourceConfig, key: str) -> Iterator[Cut]:
     """All parts of a file source. Raises `UserError` for what cannot be read."""
@@ -42,22 +40,21 @@ def cut(source: SourceConfig, key: str) -> Iterator[Cut]:
         lines.check_columns(source, stored, key)
     for file in stored:
         if source.kind == "parquet":
-            bounds = columnar.cut_row_groups(file, source, key, CUT_BYTES)
+            bounds = columnar.cut_row_groups(file, source, key)
         else:
-            bounds = _cut_bytes(file, key, source.kind in ("warc", "wet"))
+            whole = source.kind in ("warc", "wet") or file.name.endswith(lines.COMPRESSED)
+            bounds = _cut_bytes(file, key, file.size if whole else source.part_bytes)
         for start, stop in bounds:
             yield Cut(file.path, file.name, start, stop, file.identity)
 
 
-def _cut_bytes(file: Stored, key: str, whole: bool) -> list[tuple[int, int]]:
+def _cut_bytes(file: Stored, key: str, size: int) -> list[tuple[int, int]]:
     try:
         open_stored(file.path).close()
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"{key}: {file.path} cannot be read ({reason}); correct it") from None
-    if whole or file.name.endswith(lines.COMPRESSED):
-        return [(0, file.size)]
-    return [(start, min(start + CUT_BYTES, file.size)) for start in range(0, file.size, CUT_BYTES)]
+    return [(start, min(start + size, file.size)) for start in range(0, file.size, size or 1)]
 
 
 def read(part: Slice) -> Iterator[Row | pa.Table]:
