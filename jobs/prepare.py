@@ -26,6 +26,7 @@ from raylign.data.corpus.features import measure_documents, sign_documents
 from raylign.data.corpus.ingest import read_documents
 from raylign.data.corpus.pipeline import Inputs, list_files
 from raylign.data.corpus.pipeline import build_corpus as write_corpus
+from raylign.data.decontamination.evaluation_sets import load_items
 from raylign.data.documents import DOCUMENTS
 from raylign.data.inspection import inspect, render
 from raylign.data.quality.rules import judge
@@ -45,13 +46,13 @@ Reading = Sequence[Mapping[str, Any]]
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """All stages up to the shards."""
     config = section(recipe, "prepare", PrepareConfig)
+    if config.tokenizer is not None and not config.tokenizer.is_dir():
+        raise UserError(f"prepare.tokenizer={config.tokenizer}: no such directory")
     build_corpus(recipe, run, board)
     if config.tokenizer is None:
         tokenizer = build_tokenizer(recipe, run, board)
         build_shards(recipe, run, board, tokenizer.path, tokenizer.manifest.content)
     else:
-        if not config.tokenizer.is_dir():
-            raise UserError(f"prepare.tokenizer={config.tokenizer}: no such directory")
         path = config.tokenizer.absolute()
         build_shards(recipe, run, board, path, content_hash(path))
     build_data_report(recipe, run, board)
@@ -166,7 +167,14 @@ def _finish(draft: Draft, reports: Reading, name: str) -> None:
 
 
 def _check_rules(config: PrepareConfig) -> None:
-    """Raise `UserError` now, not after hours, for a missing list or a rule without its signal."""
+    """Raise `UserError` now, not after hours, for what is missing: a list, the signal of a rule,
+    an evaluation set."""
+    load_items(config.decontaminate)
+    if config.dedup.keep == "best" and config.signals.classifier is None:
+        raise UserError(
+            "prepare.dedup.keep=best: needs the scores of a classifier; give "
+            "prepare.signals.classifier, or another rule"
+        )
     if config.signals.classifier is not None and not config.signals.classifier.is_dir():
         raise UserError(
             f"prepare.signals.classifier={config.signals.classifier}: no such directory; "

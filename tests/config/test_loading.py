@@ -173,6 +173,19 @@ def test_a_mistake_in_an_override_is_named(refuse, override: str, message: str) 
     assert refuse("seed: 0\nalign:\n  optimizer: {lr: 1}\n", override).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prepare.sources=[{kind: jsonl, pth: x}]", "did you mean 'prepare.sources.0.path'?"),
+        ("prepare.sources=[{kind: jsonl, path: 5}]", ": prepare.sources.0.path=5: input should be"),
+        ("prepare.sources.0.path=x", "it is a list, give it whole: 'prepare.sources=[...]'"),
+        ("prepare.quality.language.languages=[en]", "'prepare.quality.language.allowed'?"),
+    ],
+)
+def test_a_mistake_inside_a_list_is_named(refuse, override: str, message: str) -> None:
+    assert message in refuse("prepare:\n  sources: [{kind: pydoc}]\n", override)
+
+
 def test_a_missing_file_suggests_its_sibling(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"did you mean .*/quickstart.yaml\?"):

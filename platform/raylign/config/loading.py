@@ -117,8 +117,11 @@ def _set(data: dict[str, Any], path: tuple[str, ...], value: Any, override: str)
             at[key] = {}
         at = at[key]
         if not isinstance(at, dict):
+            here = ".".join(path[: depth + 1])
+            remedy = f"; it is a list, give it whole: '{here}=[...]'"
             raise ConfigError(
-                f"override {override!r}: {'.'.join(path[: depth + 1])} is not a section"
+                f"override {override!r}: {here} is not a section"
+                f"{remedy if isinstance(at, list) else ''}"
             )
     at[path[-1]] = value
 
@@ -163,7 +166,9 @@ def _explain(error: ValidationError, places: dict[tuple[str, ...], str], file: s
 def _strip_union_tags(location: Sequence[int | str]) -> tuple[str, ...]:
     """A pydantic error location as a key path: no names of union members."""
     parts = map(str, location)
-    return tuple(part for part in parts if not (part.endswith("Config") or "[" in part))
+    named = [part for part in parts if not (part.endswith("Config") or "[" in part)]
+    plain = named[-1:] == ["str"] and len(named) > 1  # of `str | Path`
+    return tuple(named[:-1] if plain else named)
 
 
 def _place(path: tuple[str, ...], places: dict[tuple[str, ...], str], file: str) -> str:
@@ -176,6 +181,7 @@ def _place(path: tuple[str, ...], places: dict[tuple[str, ...], str], file: str)
 
 def _suggest_key(path: tuple[str, ...]) -> str:
     known = list(flatten_keys(Recipe))
+    numbered, path = path, tuple(part for part in path if not part.isdecimal())
     wanted, parent = path[-1], ".".join(path[:-1])
     target = SYNONYMS.get(wanted, wanted)
     section = path[0] if len(path) > 1 else ""
@@ -187,8 +193,9 @@ def _suggest_key(path: tuple[str, ...]) -> str:
     siblings = [k.rsplit(".", 1)[-1] for k in known if k.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(target, siblings, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {'.'.join((*path[:-1], close[0]))!r}?"
-    close = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.75)
+        return f"; did you mean {'.'.join((*numbered[:-1], close[0]))!r}?"
+    others = [key for key in known if not parent.startswith(key)]
+    close = difflib.get_close_matches(".".join(path), others, n=1, cutoff=0.75)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known keys here: {', '.join(sorted(siblings))}" if siblings else ""
@@ -205,6 +212,6 @@ def flatten_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
         for member in typing.get_args(annotation):
             yield from _sections(member)

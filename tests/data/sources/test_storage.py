@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +11,13 @@ import pytest
 from raylign.config import SourceConfig, TextbookConfig, UserError
 from raylign.data.sources.fingerprints import identify_sources
 from raylign.data.sources.slices import label_sources, plan_slices, read_slice
-from raylign.data.sources.storage import _join, _split_glob, list_stored, open_stored
+from raylign.data.sources.storage import (
+    _join,
+    _split_glob,
+    _walk,
+    list_stored,
+    open_stored,
+)
 
 
 def read(source: SourceConfig) -> list[tuple[str, str]]:
@@ -88,6 +96,43 @@ def test_mistakes(tree: Path, path: str, message: str) -> None:
         list_stored(path, (".txt",), "prepare.sources.4")
     assert str(caught.value).startswith(f"prepare.sources.4.path={path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "b.txt" / "back").symlink_to(tmp_path)  # no endless circle
+    (tmp_path / "c.txt").symlink_to(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone").symlink_to("/no/such/file")
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    Path(os.fsdecode(odd)).write_bytes(b"")
+    for base in (str(tmp_path), f"file://{tmp_path}"):
+        assert [f.name for f in list_stored(base, (".txt",), "key")] == ["a.txt", "c.txt"]
+        for pattern, reason in [
+            ("p*", "'pipe' is no regular file"),
+            ("**/gon?", r"'gone' cannot be reached \(No such file"),
+            ("*.jsonl", r"'caf\\udce9.jsonl' has a name that is not UTF-8"),
+        ]:
+            with pytest.raises(UserError, match=rf"^key\.path=.*: {reason}.*; remove or replace"):
+                list_stored(f"{base}/{pattern}", (".txt",), "key")
+        with pytest.raises(UserError, match="is no file or directory; correct the path"):
+            list_stored(f"{base}/pipe", (".txt",), "key")
+
+
+def test_a_pattern_looks_no_deeper_than_it_reaches(tree: Path) -> None:
+    assert list(_walk(str(tree / "deep"), 1, frozenset())) == [str(tree / "deep" / "d.txt")]
+    assert len(list(_walk(str(tree), math.inf, frozenset()))) == 5
+
+
+def test_one_place_by_two_ways_is_listed_twice(tree: Path) -> None:
+    (tree / "link").symlink_to(tree / "deep")
+    first = SourceConfig(kind="text", path=tree / "deep")
+    for path in (tree / "deep" / ".." / "deep", tree / "link"):
+        with pytest.raises(UserError, match=r"prepare\.sources\.1: .* is listed twice"):
+            label_sources([first, SourceConfig(kind="text", path=path)])
+    with pytest.raises(UserError, match="needs a path"):  # "" is not the working directory
+        label_sources([SourceConfig(kind="text", path="")])
 
 
 def test_a_changed_file_is_another_slice(tree: Path) -> None:

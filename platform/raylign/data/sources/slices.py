@@ -22,6 +22,7 @@ from raylign.data.sources.columns import choose_columns
 from raylign.data.sources.cuts import Cut, Slice
 from raylign.data.sources.gathering import gather
 from raylign.data.sources.rows import Row
+from raylign.data.sources.storage import is_url
 from raylign.data.textbook.arithmetic import write_page
 
 __all__ = ["Slice", "label_sources", "plan_slices", "plan_source", "read_rows", "read_slice"]
@@ -80,8 +81,9 @@ def label_sources(sources: Sequence[SourceConfig]) -> list[str]:
     """
     for number, source in enumerate(sources):
         key = f"prepare.sources.{number}"
-        if (source.kind in BUILT_IN) != (source.path is None):
-            verb = "needs a path" if source.path is None else "takes no path"
+        given = str(source.path or "").strip()  # "" would be the working directory
+        if (source.kind in BUILT_IN) == bool(given):
+            verb = "takes no path" if given else "needs a path"
             raise UserError(f"{key}: kind={source.kind} {verb}; give `kind` and `path` that agree")
         if any(_place(source) == _place(other) for other in sources[:number]):
             raise UserError(f"{key}: {source.path or source.kind} is listed twice; remove one")
@@ -100,6 +102,8 @@ def label_sources(sources: Sequence[SourceConfig]) -> list[str]:
 
 def _place(source: SourceConfig) -> tuple[str | None, ...]:
     path = None if source.path is None else str(source.path)
+    if path is not None and not is_url(path) and Path(path).exists():
+        path = str(Path(path).resolve())  # by whatever way it is reached
     if source.kind == "huggingface":
         return source.kind, path, source.name, source.split, source.revision
     return source.kind, path

@@ -8,7 +8,11 @@ environment as theirs do.
 from __future__ import annotations
 
 import io
+import math
+import os
 import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -18,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raylign.config import UserError
+from raylign.data.extraction.text import is_encodable
 
 BUFFER_BYTES = 1 << 20
 _WILD = re.compile(r"[*?\[]")
@@ -68,34 +73,80 @@ def _list(given: str, suffixes: tuple[str, ...], key: str) -> list[Stored]:
     system, root, url = _locate(base)
     info = system.get_file_info(root)
     if info.type == fs.FileType.File and pattern is None:
-        return [_describe(info, base if is_url(base) else url, root.rpartition("/")[2])]
+        name, place = root.rpartition("/")[2], base if is_url(base) else url
+        return [Stored(place, name, info.size or 0, info.mtime_ns or 0)]
     if info.type == fs.FileType.NotFound:
         raise UserError(f"{key}.path={given}: no such file or directory; correct the path")
+    if info.type != fs.FileType.Directory:
+        raise UserError(f"{key}.path={given}: is no file or directory; correct the path")
     found = []
     matcher = None if pattern is None else re.compile(_translate(pattern))
-    for entry in system.get_file_info(fs.FileSelector(root, recursive=True)):
-        if entry.type != fs.FileType.File:
+    for path, status, size, modified in _list_below(system, root, pattern):
+        name = path[len(root.rstrip("/")) + 1 :]
+        if not (matcher.fullmatch(name) if matcher else name.endswith(suffixes)):
             continue
-        name = entry.path[len(root.rstrip("/")) + 1 :]
-        if matcher.fullmatch(name) if matcher else name.endswith(suffixes):
-            place = _join(base, name) if is_url(base) else f"{url}/{name}"
-            found.append(_describe(entry, place, name))
+        # Not to be passed over in silence, nor to wait for.
+        if status:
+            raise UserError(f"{key}.path={given}: {name!r} {status}; remove or replace it")
+        place = _join(base, name) if is_url(base) else f"{url}/{name}"
+        found.append(Stored(place, name, size, modified))
     if not found and matcher:
         raise UserError(f"{key}.path={given}: matches no file; correct the pattern")
     if not found:
-        wanted = " or ".join(suffixes)
-        raise UserError(f"{key}.path={given}: holds no {wanted} file; correct path or kind")
+        plain = [s for s in suffixes if not s.startswith(tuple(f"{t}." for t in suffixes))]
+        packed = " (compressed or not)" if len(plain) < len(suffixes) else ""
+        raise UserError(
+            f"{key}.path={given}: holds no {' or '.join(plain)}{packed} file; correct path or kind"
+        )
     return sorted(found, key=lambda file: file.name)
+
+
+def _list_below(
+    system: fs.FileSystem, root: str, pattern: str | None
+) -> Iterator[tuple[str, str, int, int]]:
+    """(path, why it cannot be read or "", size, nanoseconds) of all that is no directory; of the
+    local disk only as deep as the pattern can reach."""
+    if isinstance(system, fs.LocalFileSystem):
+        levels = pattern.count("/") + 1 if pattern and "**" not in pattern else math.inf
+        for path in _walk(root, levels, frozenset()):
+            yield path, *_look_up(path)
+        return
+    for entry in system.get_file_info(fs.FileSelector(root, recursive=True)):
+        if entry.type == fs.FileType.File:
+            yield entry.path, "", entry.size or 0, entry.mtime_ns or 0
+
+
+def _walk(folder: str, levels: float, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Paths below a directory that are none; links are followed, but not in circles."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry.path
+            elif levels > 1:
+                yield from _walk(entry.path, levels - 1, above | {here})
+
+
+def _look_up(path: str) -> tuple[str, int, int]:
+    """What `_list_below` says of a local file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return f"cannot be reached ({error.strerror})", 0, 0
+    if not stat.S_ISREG(status.st_mode):
+        return "is no regular file", 0, 0
+    if not is_encodable(path):
+        return "has a name that is not UTF-8", 0, 0
+    return "", status.st_size, status.st_mtime_ns
 
 
 def _join(url: str, name: str) -> str:
     """The URL of a file below a URL, whose query stays at the end."""
     place, mark, query = url.partition("?")
     return f"{place.rstrip('/')}/{quote(name)}{mark}{query}"
-
-
-def _describe(info: fs.FileInfo, place: str, name: str) -> Stored:
-    return Stored(place, name, info.size or 0, info.mtime_ns or 0)
 
 
 def _split_glob(given: str) -> tuple[str, str | None]:
