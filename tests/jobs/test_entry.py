@@ -85,7 +85,7 @@ def test_success_is_0(job, tmp_path: Path) -> None:
     [
         ("run: run\nalign: {stps: 1}\n", [], "recipe.yaml:2: unknown key 'align.stps'; did you"),
         ("run: run\nalign: {}\n", ["align.steps=few"], "override 'align.steps=few': align.steps='"),
-        ("run: run\n", ["redo=sleep"], "redo=sleep: not a stage; choose from synthetic, documents,"),
+        ("run: run\n", ["redo=sleep"], "redo=sleep: not a stage; choose from synthetic,"),
         ("run: recipe.yaml\nalign: {}\n", [], str(Path("recipe.yaml", ".align.partial"))),
     ],
 )

@@ -17,7 +17,7 @@ from raylign.config import DedupConfig
 from raylign.data.corpus.duplicates import EXACT, SETTLED, Duplicates, find_duplicates
 from raylign.data.corpus.parts import run_parts
 from raylign.data.dedup.index import Index, format_id, make_facts, write_part
-from raylign.data.dedup.signatures import sign
+from raylign.data.dedup.signatures import estimate_jaccard, sign
 from raylign.data.textbook.arithmetic import write_textbook
 from raylign.data.words import split_words
 from raylign.tracking import ProgressBoard
@@ -96,6 +96,22 @@ def plant(seed: int, originals: int = 120) -> list[str]:
             texts.append(copy)
     rng.shuffle(texts)
     return [" ".join(words) for words in texts]
+
+
+def test_signatures_estimate_jaccard() -> None:
+    texts = plant(0)
+    sets = shingles(texts, CONFIG.ngram)
+    sketches = sign(texts, CONFIG).sketches
+    errors = []
+    for a, b in itertools.combinations(range(len(texts)), 2):
+        exact = jaccard(sets[a], sets[b])
+        if exact > 0.05:
+            agreed = (sketches[a] == sketches[b]).sum()
+            errors.append(estimate_jaccard(agreed, sketches.shape[1]) - exact)
+    # The standard deviation of a binomial share of 112 draws is at most 0.047.
+    assert len(errors) > 50
+    assert abs(np.mean(errors)) < 0.012
+    assert np.sqrt(np.mean(np.square(errors))) < 0.055
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -210,7 +226,8 @@ def test_documents_that_are_not_alive_keep_nobody_out(tmp_path: Path) -> None:
 def test_no_difference_how_the_work_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = plant(9, 80) * 2
     whole = deduplicate(texts, tmp_path / "whole")
-    monkeypatch.setattr("raylign.data.corpus.duplicates.KEYS_A_TASK", 50)
+    monkeypatch.setattr("raylign.data.corpus.ranges.KEYS_A_TASK", 50)
+    monkeypatch.setattr("raylign.data.corpus.duplicates.KEYS_TOGETHER", 1)
     monkeypatch.setattr("raylign.data.corpus.duplicates.DOCUMENTS_A_COMPARISON", 37)
     pieces = deduplicate(texts, tmp_path / "pieces", parts=7)
     for name in ("keeper", "similarity", "kind"):

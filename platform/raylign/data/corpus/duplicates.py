@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,15 @@ import numpy as np
 
 from raylign.config import DedupConfig, UserError
 from raylign.data.corpus.parts import run_parts
+from raylign.data.corpus.ranges import cut_keys, save
 from raylign.data.dedup.groups import MOST_DOCUMENTS, choose, group, pair, split_pairs
 from raylign.data.dedup.index import Index, format_id
 from raylign.data.dedup.keepers import choose_keepers, count_agreement
 from raylign.data.dedup.signatures import estimate_jaccard, needed_agreement
 from raylign.tracking import ProgressBoard
 
-KEYS_A_TASK = 8 << 20
-"""Keys that one task groups: 24 bytes each while it does."""
+KEYS_TOGETHER = 1 << 20
+"""Bands of fewer keys are grouped by one task together."""
 DOCUMENTS_A_COMPARISON = 1 << 19
 SETTLED = np.iinfo(np.int64).max
 """Priority of documents of earlier corpora, which stay whatever comes."""
@@ -118,10 +118,7 @@ class _Tasks:
 
     def find_copies(self) -> np.ndarray:
         """The preferred one of each document's exact copies; int64 [N]."""
-        ranges = _cut_keys(self.size)
-        rows = [
-            {"number": n, "start": start, "stop": stop} for n, (start, stop) in enumerate(ranges)
-        ]
+        rows = cut_keys(self.size)
         work = partial(find_copies, stems=tuple(self.stems))
         first = np.arange(self.size)
         for report in self._run("exact", rows, work, "range"):
@@ -131,13 +128,13 @@ class _Tasks:
 
     def find_pairs(self) -> list[str]:
         """Files of candidate pairs."""
-        ranges = _cut_keys(self.size)
-        together = max(1, min(self.config.bands, KEYS_A_TASK // 8 // max(1, self.size)))
+        ranges = cut_keys(self.size)
+        together = max(1, min(self.config.bands, KEYS_TOGETHER // max(1, self.size)))
         rows: list[dict[str, Any]] = []
         for low in range(0, self.config.bands, together):
             bands = list(range(low, min(low + together, self.config.bands)))
-            for start, stop in ranges:
-                rows.append({"number": len(rows), "bands": bands, "start": start, "stop": stop})
+            for part in ranges:
+                rows.append(part | {"number": len(rows), "bands": bands})
         work = partial(find_pairs, stems=tuple(self.stems), settled=self.settled)
         reports = self._run("near", rows, work, "band")
         return [report["name"] for report in reports]
@@ -159,13 +156,6 @@ class _Tasks:
         verified = np.concatenate([np.empty((0, 2), np.uint64), *found])
         candidates = sum(report["candidates"] for report in reports)
         return verified[:, 0], verified[:, 1].astype(np.int64), candidates
-
-
-def _cut_keys(documents: int) -> list[tuple[int, int]]:
-    """Ranges of keys that hold about `KEYS_A_TASK` documents each."""
-    count = -(-documents // KEYS_A_TASK)
-    bounds = [(1 << 64) * n // count for n in range(count + 1)]
-    return list(pairwise(bounds))
 
 
 def find_copies(row: Mapping[str, Any], directory: Path, stems: Sequence[str]) -> dict[str, Any]:
@@ -231,11 +221,7 @@ def compare_pairs(
 
 
 def _save(directory: Path, name: str, array: np.ndarray) -> dict[str, Any]:
-    temporary = directory / f".{name}"
-    with temporary.open("wb") as stream:
-        np.save(stream, array)
-    temporary.replace(directory / name)
-    return {"name": name, "files": [name]}
+    return {"name": save(directory, name, array), "files": [name]}
 
 
 def save_duplicates(found: Duplicates, index: Index, work: Path) -> None:

@@ -9,7 +9,6 @@ same bytes, wherever and whenever that is.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import ray.data
 
 from raylign.config import UserError
 from raylign.run import hash_file, hash_json, write_json
+from raylign.runtime import is_full
 from raylign.tracking import ProgressBoard
 
 DONE = ".done"
@@ -126,10 +126,10 @@ def _do(rows: pa.Table, name: str, work: Work, directory: str) -> pa.Table:
         except UserError as error:
             errors.append(str(error))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             errors.append(
-                f"no space left for {directory} ({error.strerror}); free some and run again: "
+                f"no space left for {directory} ({error.strerror or error}); free some and run again: "
                 "finished parts are kept"
             )
     return pa.table({"number": rows["number"], "error": pa.array(errors, pa.string())})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ import pyarrow.compute as pc
 from raylign.config import DedupConfig, LinesConfig
 from raylign.data.corpus.features import Files
 from raylign.data.corpus.parts import run_parts
+from raylign.data.corpus.ranges import cut_keys, find_range, save
 from raylign.data.dedup.groups import choose, group
 from raylign.data.dedup.lines import find_repeated, split_lines
 from raylign.data.dedup.substrings import extend, find_anchors
 from raylign.data.documents import read_batches
 from raylign.data.words import split_words
 from raylign.tracking import ProgressBoard
-
-KEYS_A_TASK = 8 << 20
 
 Row = Mapping[str, Any]
 
@@ -46,7 +44,7 @@ def find_cuts(
         work = partial(list_lines, config=config.lines)
         reports = run_parts("lines", files, work, directory, board, "part", "lines")
         names = tuple(report["name"] for report in reports)
-        ranges = _cut_ranges(sum(report["lines"] for report in reports))
+        ranges = cut_keys(sum(report["lines"] for report in reports))
         find = partial(find_line_cuts, names=names, least=config.lines.documents)
         found += _load(
             directory, run_parts("repeated", ranges, find, directory, board, "range", stream=False)
@@ -93,7 +91,7 @@ def _find_passages(
     work = partial(list_anchors, length=length)
     reports = run_parts("anchors", files, work, directory, board, "part", "anchors")
     names = tuple(report["name"] for report in reports)
-    ranges = _cut_ranges(sum(report["anchors"] for report in reports))
+    ranges = cut_keys(sum(report["anchors"] for report in reports))
     find = partial(pair_anchors, names=names)
     pairs = tuple(
         r["name"] for r in run_parts("pairs", ranges, find, directory, board, "range", stream=False)
@@ -214,25 +212,14 @@ def _read(row: Row, directory: Path) -> Iterator[tuple[int, pa.Table]]:
         start += len(texts)
 
 
-def _cut_ranges(total: int) -> list[dict[str, int]]:
-    count = max(1, -(-total // KEYS_A_TASK))
-    bounds = [(1 << 64) * n // count for n in range(count + 1)]
-    return [
-        {"number": n, "start": start, "stop": stop}
-        for n, (start, stop) in enumerate(pairwise(bounds))
-    ]
-
-
 def _read_range(row: Row, directory: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Keys (uint64) in the row's range, and their places (int64 [K, 3])."""
     keys, places = [np.empty(0, np.uint64)], [np.empty((0, 3), np.int64)]
     for name in names:
         column = np.load(directory / f"{name}.keys.npy", mmap_mode="r")
-        low = np.searchsorted(column, np.uint64(row["start"]))
-        ends = row["stop"] >= 1 << 64
-        high = len(column) if ends else np.searchsorted(column, np.uint64(row["stop"]))
-        keys.append(column[low:high])
-        places.append(np.load(directory / f"{name}.places.npy", mmap_mode="r")[low:high])
+        here = find_range(column, row["start"], row["stop"])
+        keys.append(column[here])
+        places.append(np.load(directory / f"{name}.places.npy", mmap_mode="r")[here])
     return np.concatenate(keys), np.concatenate(places)
 
 
@@ -252,11 +239,7 @@ def _save_sorted(
 
 
 def _save(directory: Path, name: str, array: np.ndarray) -> dict[str, Any]:
-    temporary = directory / f".{name}"
-    with temporary.open("wb") as stream:
-        np.save(stream, array)
-    temporary.replace(directory / name)
-    return {"name": name, "files": [name]}
+    return {"name": save(directory, name, array), "files": [name]}
 
 
 def _load(directory: Path, reports: Sequence[Row]) -> list[np.ndarray]:
