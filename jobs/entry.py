@@ -6,7 +6,6 @@ anything else is a defect and shows its traceback.
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from raylign.config import Recipe, Section, UserError, load_recipe
 from raylign.run import Draft, Run, Stage, content_hash, fingerprint
-from raylign.runtime import configure, connect, disconnect, in_submitted_job
+from raylign.runtime import configure, connect, disconnect, in_submitted_job, is_full
 from raylign.tracking import ProgressBoard
 
 # Every stage a run can hold, in the order of the journey.
@@ -63,7 +62,7 @@ def main(name: str, job: Job, options: Mapping[str, Job] | None = None) -> NoRet
         sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         place = error.filename or "the run directory"
         sys.stderr.write(f"error: no space left for {place}; free some and run again\n")

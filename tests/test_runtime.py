@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from raylign.runtime import connect, derive_seed, in_submitted_job, seed_everything, worker_env
+from raylign.runtime import (
+    connect,
+    derive_seed,
+    in_submitted_job,
+    is_full,
+    seed_everything,
+    worker_env,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,3 +123,14 @@ def test_seeding_fixes_every_generator() -> None:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
     assert draw() == draw()
+
+
+def test_a_full_disk_is_known_whoever_says_so() -> None:
+    with Path("/dev/full").open("wb", buffering=0) as stream:
+        with pytest.raises(OSError) as by_number:
+            stream.write(b"text")
+        with pytest.raises(OSError) as in_words:
+            np.zeros(1 << 16).tofile(stream)
+    assert in_words.value.errno is None  # this is why words are looked at
+    assert is_full(by_number.value) and is_full(in_words.value)
+    assert not is_full(FileNotFoundError(2, "no such file")) and not is_full(OSError("broken"))

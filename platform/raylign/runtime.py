@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -105,6 +107,12 @@ def _probe(address: str) -> None:
     if not separator or not port.isdigit():
         raise ValueError("expected host:port")
     socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk or a quota was full; numpy says so without a number."""
+    short = error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or bool(short)
 
 
 def in_submitted_job() -> bool:

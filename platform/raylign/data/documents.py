@@ -52,13 +52,17 @@ def list_document_files(directory: Path, key: str) -> list[Path]:
 def read_batches(file: Path, columns: list[str], rows: int = 8192) -> Iterator[pa.Table]:
     """Tables of at most `rows` rows, in order; memory does not grow with the file.
 
+    A table ends with its row group, whose bytes the writer has bounded: of large documents `rows`
+    would be too many.
+
     Of the columns only `text` must be there: documents without `doc_id` are known by file and row,
     those without `domain` belong to "documents", and everything else is null.
     """
     reader = pq.ParquetFile(file)
     present = [name for name in columns if name in reader.schema_arrow.names]
     start = 0
-    for batch in reader.iter_batches(rows, columns=present):
+    groups = range(reader.num_row_groups)
+    for batch in (b for g in groups for b in reader.iter_batches(rows, [g], columns=present)):
         table = pa.Table.from_batches([batch])
         for name in columns:
             if name in present:

@@ -129,8 +129,8 @@ def _do(rows: pa.Table, name: str, work: Work, directory: str) -> pa.Table:
             if not is_full(error):
                 raise
             errors.append(
-                f"no space left for {directory} ({error.strerror or error}); free some and run again: "
-                "finished parts are kept"
+                f"no space left for {directory} ({error.strerror or error}); free some and run "
+                "again: finished parts are kept"
             )
     return pa.table({"number": rows["number"], "error": pa.array(errors, pa.string())})
 
