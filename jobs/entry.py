@@ -86,8 +86,14 @@ def open_run(recipe: Recipe) -> Run:
     if recipe.redo is not None:
         if recipe.redo not in STAGES:
             raise UserError(f"redo={recipe.redo}: not a stage; choose from {', '.join(STAGES)}")
-        for stage in STAGES[STAGES.index(recipe.redo) :]:
-            run.discard(stage)
+        try:
+            for stage in STAGES[STAGES.index(recipe.redo) :]:
+                run.discard(stage)
+        except OSError as error:
+            raise UserError(
+                f"redo={recipe.redo}: {run.root} cannot be changed ({error.strerror}); make it "
+                "writable, or choose another run=..."
+            ) from None
     return run
 
 
@@ -158,6 +164,8 @@ def _difference(done: Stage, settings: Mapping[str, Any], parents: Mapping[str, 
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return {prefix.rstrip("."): value}
     flat: dict[str, Any] = {}

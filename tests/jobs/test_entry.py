@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs.entry import STAGES, locate, open_run, perform, section
+from jobs.entry import STAGES, _difference, locate, open_run, perform, section
 from raylign.config import AlignConfig, Recipe, SftConfig, UserError
 from raylign.run import Draft, Run, content_hash
 from raylign.tracking import ProgressBoard
@@ -238,3 +238,23 @@ def test_an_input_is_the_users_path_or_the_runs_stage(tmp_path: Path) -> None:
     assert locate(run, path, "corpus", "prepare", "align.prompts") == (path, content)
     with pytest.raises(UserError, match=r"align.prompts=/nowhere: no such file or directory"):
         locate(run, Path("/nowhere"), "corpus", "prepare", "align.prompts")
+
+
+def test_a_run_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.write("shards", {}, {}):
+        pass
+    (tmp_path / "run" / ".shards.discarded").write_text("in the way")  # root may write anywhere
+    with pytest.raises(UserError, match=r"^redo=shards: .*run cannot be changed \(Not a dir.*run="):
+        open_run(Recipe(run=run.root, redo="shards"))
+    assert run.find("shards")
+
+
+def test_of_a_list_the_element_that_differs_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.write("documents", {"sources": [{"kind": "pydoc"}, {"kind": "text", "limit": 3}]}, {}):
+        pass
+    done = run.require("documents", "prepare")
+    new = {"sources": [{"kind": "pydoc"}, {"kind": "text", "limit": 4}]}
+    assert _difference(done, new, {}) == "sources.1.limit=3, not 4"
+    assert _difference(done, {"sources": new["sources"][:1]}, {}).startswith("sources.1.kind=text")

@@ -154,7 +154,7 @@ def test_lines_and_passages_that_others_hold_are_cut(ray_cluster: None, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_twice_the_corpus_is_the_same(tmp_path: Path) -> None:
+def test_killed_twice_the_corpus_is_the_same(ray_cluster: None, tmp_path: Path) -> None:
     """SIGKILL of the driver and of all its processes, in two stages, and a last run."""
     directory = tmp_path / "rows"
     directory.mkdir()
@@ -169,28 +169,45 @@ def test_killed_twice_the_corpus_is_the_same(tmp_path: Path) -> None:
         },
         "tokenizer": {"vocab_size": 300},
     }
-    finished = {}
-    for name, kills in (("killed", 2), ("whole", 0)):
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(recipe | {"run": str(tmp_path / name)}))
-        command = [sys.executable, "-m", "jobs.prepare", str(file)]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
-        for kill in range(kills):
-            process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.DEVNULL)
-            _wait_for_progress(process, tmp_path / name, kill)
-            _kill_tree(process)
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        run = Run(tmp_path / name)
-        names = (*STAGES, "tokenizer", "shards")
-        finished[name] = {n: run.require(n, "").manifest.content for n in names}
-        assert not list(run.root.glob(".*.partial"))
-    assert finished["killed"] == finished["whole"]
+    body = recipe | {"run": str(tmp_path / "killed")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
+    command = [sys.executable, "-m", "jobs.prepare", str(tmp_path / "recipe.yaml")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
+    finished: dict[str, int] = {}
+    for stage in ("documents", "corpus"):
+        process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        _wait_for_progress(process, tmp_path / "killed", stage)
+        _kill_tree(process)
+        if stage == "documents":
+            finished = _list_finished(tmp_path / "killed" / ".documents.partial")
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    killed = Run(tmp_path / "killed")
+    assert not list(killed.root.glob(".*.partial"))
+    # What was finished at the first kill was not written again.
+    assert finished
+    for name, stamp in finished.items():
+        assert (killed.root / "documents" / name).stat().st_mtime_ns == stamp
+    whole = open_run(Recipe.model_validate(recipe | {"run": tmp_path / "whole"}))
+    prepare.run(
+        Recipe.model_validate(recipe | {"run": tmp_path / "whole"}),
+        whole,
+        ProgressBoard(Console(file=io.StringIO())),
+    )
+    for name in (*STAGES, "tokenizer", "shards"):
+        here, there = (run.require(name, "").manifest.content for run in (killed, whole))
+        assert here == there, name
 
 
-def _wait_for_progress(process: subprocess.Popen[Any], run: Path, kill: int) -> None:
-    """Until the stage of this turn has begun and, if it can be seen, finished a few parts."""
-    stage = ("documents", "corpus")[kill]
+def _list_finished(partial: Path) -> dict[str, int]:
+    """Files of finished parts, and when they were written."""
+    reports = [json.loads(file.read_text()) for file in (partial / ".done").glob("*.json")]
+    names = [name for report in reports for name in report["files"]]
+    return {name: (partial / name).stat().st_mtime_ns for name in names}
+
+
+def _wait_for_progress(process: subprocess.Popen[Any], run: Path, stage: str) -> None:
+    """Until the stage has finished a few parts."""
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
         parts = list((run / f".{stage}.partial" / ".done").glob("*.json"))

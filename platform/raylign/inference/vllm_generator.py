@@ -67,6 +67,10 @@ class VLLMGenerator:
             # Compilation takes longer than a small model's whole run and gains little there.
             enforce_eager=not on_gpu,
             kv_cache_memory_bytes=None if on_gpu else kv_cache_mb << 20,
+            # A prompt that is read in pieces turns its generator back after each, which generators
+            # of CPU tensors cannot (vLLM 0.32): there every prompt is read at once.
+            enable_chunked_prefill=None if on_gpu else False,
+            max_num_batched_tokens=None if on_gpu else max(2048, max_length),
             enable_prefix_caching=True,
             # The distribution that tokens are drawn from, temperature and top-k/p included.
             logprobs_mode="processed_logprobs",

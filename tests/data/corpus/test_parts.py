@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,49 +104,3 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_named(ray_cluster: None, small_disk: Path) -> None:
     with pytest.raises(UserError, match=f"no space left for {small_disk} .* run again"):
         run_parts("fill", rows(3), fill_disk, small_disk, BOARD)
-
-
-DRIVER = """
-import io, sys, time
-from pathlib import Path
-from rich.console import Console
-from raylign.config import RayConfig
-from raylign.data.corpus.parts import run_parts
-from raylign.runtime import connect
-from raylign.tracking import ProgressBoard
-
-def work(row, directory):
-    time.sleep(0.2)
-    (directory / f"value-{row['number']}").write_text(str(row["number"] ** 2))
-    with (directory / f"calls-{row['number']}").open("a") as stream:
-        stream.write("x")
-    return {"files": [f"value-{row['number']}"]}
-
-connect(RayConfig(num_cpus=2))
-rows = [{"number": n} for n in range(12)]
-run_parts("square", rows, work, Path(sys.argv[1]), ProgressBoard(Console(file=io.StringIO())))
-"""
-
-
-def test_a_killed_driver_continues_after_what_was_finished(tmp_path: Path) -> None:
-    script, directory = tmp_path / "driver.py", tmp_path / "out"
-    script.write_text(DRIVER)
-    root = Path(__file__).resolve().parents[3]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "platform"), str(root)])}
-    command = [sys.executable, str(script), str(directory)]
-    process = subprocess.Popen(command, env=env, start_new_session=True)
-    deadline = time.monotonic() + 90
-    while len(list(directory.glob(f"{DONE}/*.json"))) < 4:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    finished = {int(f.stem.rpartition("-")[2]) for f in directory.glob(f"{DONE}/*.json")}
-    subprocess.run(command, env=env, check=True, timeout=120)
-    assert 4 <= len(finished) < 12
-    for number in range(12):
-        assert (directory / f"value-{number}").read_text() == str(number**2)
-        report = json.loads((directory / DONE / f"square-{number:06d}.json").read_text())
-        assert list(report["files"]) == [f"value-{number}"]
-        if number in finished:
-            assert (directory / f"calls-{number}").read_text() == "x"
