@@ -20,7 +20,8 @@ from raylign.tracking import read_lines
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Path(__file__).with_name("miniature.yaml")
-STAGES = ("corpus", "tokenizer", "shards", "pretrain", "sft", "align", "evaluate")
+DATA = ("documents", "signals", "signatures", "corpus", "tokenizer", "shards", "data_report")
+STAGES = (*DATA, "pretrain", "sft", "align", "evaluate")
 
 
 def launch(job: str, *arguments: str, **options: object) -> subprocess.Popen[str]:
@@ -67,6 +68,10 @@ def test_every_stage_is_whole_and_descends_from_the_corpus(journey: Run) -> None
         assert verify(stage) == [], name
     content = {name: stage.manifest.content for name, stage in stages.items() if stage}
     for child, parent in [
+        ("signals", "documents"),
+        ("signatures", "documents"),
+        ("corpus", "signals"),
+        ("corpus", "signatures"),
         ("tokenizer", "corpus"),
         ("shards", "tokenizer"),
         ("pretrain", "shards"),
