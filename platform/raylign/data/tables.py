@@ -36,7 +36,7 @@ class TableWriter:
             self._temporary,
             self._schema,
             compression="zstd",
-            compression_level=3,
+            compression_level=1,
             version="2.6",
             use_dictionary=[n for n in _LOW_CARDINALITY if n in self._schema.names],
             store_schema=True,

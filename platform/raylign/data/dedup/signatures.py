@@ -20,6 +20,10 @@ from raylign.config import DedupConfig
 from raylign.data.words import FOLDED, ROLE, kernel, mix, scan_document, text_buffers
 
 _MASK = (1 << 64) - 1
+# Bytes as exact copies are compared by: ASCII in lower case, and all white space a blank.
+_PLAIN = np.arange(256, dtype=np.uint8)
+_PLAIN[ord("A") : ord("Z") + 1] += 32
+_PLAIN[9:14] = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +63,7 @@ def hash_texts(texts: pa.Array | pa.ChunkedArray | list[str]) -> np.ndarray:
     data, offsets = text_buffers(texts)
     hashes = np.empty((len(offsets) - 1, 2), np.uint64)
     room = np.zeros((int(np.diff(offsets).max(initial=0)) + 15) // 8 * 8, np.uint8)
-    _hash(data, offsets, room, hashes)
+    _hash(data, offsets, _PLAIN, room, hashes)
     return hashes
 
 
@@ -87,11 +91,11 @@ def _coefficients(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @kernel
-def _hash(data, offsets, room, hashes):
+def _hash(data, offsets, plain, room, hashes):
     """`room`: uint8, zeros, for the longest text and eight bytes more."""
     blocks = room.view(np.uint64)
     for document in range(len(offsets) - 1):
-        size = _fold(data, offsets[document], offsets[document + 1], room)
+        size = _fold(data, offsets[document], offsets[document + 1], plain, room)
         one, two = np.uint64(size), ~np.uint64(size)
         for i in range((size + 7) // 8):
             one = (one ^ blocks[i]) * np.uint64(0x9E3779B97F4A7C15)
@@ -102,20 +106,19 @@ def _hash(data, offsets, room, hashes):
 
 
 @kernel
-def _fold(data, first, stop, room):
-    """Lower-case bytes with single blanks, none at either end, then zeros to a multiple of 8."""
-    size, blank = 0, True
+def _fold(data, first, stop, plain, room):
+    """Lower-case bytes with single blanks, none at either end, then zeros to a multiple of 8.
+
+    Without branches: text is too irregular for them to be foreseen.
+    """
+    size, before = 0, 1
     for i in range(first, stop):
-        byte = data[i]
-        if byte <= 32 and (byte == 32 or (byte >= 9 and byte <= 13)):
-            room[size] = 32
-            size += not blank
-            blank = True
-        else:
-            room[size] = byte + np.uint8(32) if byte >= 65 and byte <= 90 else byte
-            size += 1
-            blank = False
-    if size and blank:
+        byte = plain[data[i]]
+        blank = np.int64(byte == 32)
+        room[size] = byte
+        size += 1 - (blank & before)
+        before = blank
+    if size and before:
         size -= 1
     room[size : (size + 7) // 8 * 8] = 0
     return size
