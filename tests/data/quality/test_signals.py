@@ -1,4 +1,3 @@
-
 """Every metric against a slow twin that is written from the definitions, on varied texts."""
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _fold(data, first, stop, plain, room):
 
     Without branches: text is too irregular for them to be foreseen.
     """
-    size, before = 0, 1
+    size, before = np.int64(0), np.int64(1)
     for i in range(first, stop):
         byte = plain[data[i]]
         blank = np.int64(byte == 32)
