@@ -55,8 +55,13 @@ def calls(directory: Path) -> dict[str, int]:
     return {file.name: len(file.read_text()) for file in directory.glob("calls-*")}
 
 
-def test_every_part_once_in_order_with_its_files(ray_cluster: None, tmp_path: Path) -> None:
-    reports = run_parts("square", rows(5), write_value, tmp_path, BOARD, size="values")
+@pytest.mark.parametrize("stream", [True, False])
+def test_every_part_once_in_order_with_its_files(
+    ray_cluster: None, tmp_path: Path, stream: bool
+) -> None:
+    reports = run_parts(
+        "square", rows(5), write_value, tmp_path, BOARD, size="values", stream=stream
+    )
     assert [int((tmp_path / f"value-{n}").read_text()) for n in range(5)] == [0, 1, 4, 9, 16]
     assert [list(report["files"]) for report in reports] == [[f"value-{n}"] for n in range(5)]
     assert reports[3]["files"]["value-3"]["size"] == 1 and reports[3]["seconds"] >= 0
@@ -79,15 +84,19 @@ def test_what_changed_or_is_not_finished_is_done(ray_cluster: None, tmp_path: Pa
     assert (tmp_path / "value-3").read_text() == "100"
 
 
-def test_a_worker_that_is_killed_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
-    reports = run_parts("square", rows(5), kill_once, tmp_path, BOARD)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_worker_that_is_killed_is_replaced(
+    ray_cluster: None, tmp_path: Path, stream: bool
+) -> None:
+    reports = run_parts("square", rows(5), kill_once, tmp_path, BOARD, stream=stream)
     assert (tmp_path / "killed").exists()
     assert [list(report["files"]) for report in reports] == [[f"value-{n}"] for n in range(5)]
 
 
-def test_a_users_mistake_arrives_as_one(ray_cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_users_mistake_arrives_as_one(ray_cluster: None, tmp_path: Path, stream: bool) -> None:
     with pytest.raises(UserError, match=r"prepare\.sources\.0\.path=/a: cannot be read"):
-        run_parts("square", rows(2), mistake, tmp_path, BOARD)
+        run_parts("square", rows(2), mistake, tmp_path, BOARD, stream=stream)
 
 
 @pytest.fixture
