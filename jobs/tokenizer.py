@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from jobs.entry import locate, main, perform
 from raylign.config import Recipe, TokenizerConfig, UserError
 from raylign.config.tokenizer import VocabularyConfig
+from raylign.data.corpus.parts import stream_map
 from raylign.data.documents import list_document_files
 from raylign.run import Draft, Run, Stage, content_hash, write_json
 from raylign.runtime import derive_seed
@@ -78,7 +79,11 @@ def train(
     """
     files = list_document_files(corpus, "tokenizer.corpus")
     drawn = draw_sample(
-        files, config.sample_documents, derive_seed(seed, "tokenizer"), config.sample_bytes
+        files,
+        config.sample_documents,
+        derive_seed(seed, "tokenizer"),
+        config.sample_bytes,
+        spread=stream_map,
     )
     held = min(COMPARED_AT_MOST, int(COMPARED_SHARE * len(drawn)))
     sample, training = drawn[:held] or drawn, [excerpt.text for excerpt in drawn[held:]]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylign.data.documents import read_batches, shuffle_key
+
+Place = tuple[int, str, int, int]
+"""Shuffle key, document id, number of the file and row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,45 +27,59 @@ class Excerpt:
     """As the corpus' column `language` has it, where there is one."""
 
 
+Spread = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Results of a picklable function for items, in their order: `map`, or Ray's workers."""
+
+
 def draw_sample(
-    files: list[Path], count: int, seed: int, limit: int | None = None
+    files: Sequence[Path], count: int, seed: int, limit: int | None = None, spread: Spread = map
 ) -> list[Excerpt]:
     """At most `count` documents, chosen and ordered by `shuffle_key`.
 
     With a `limit`, those that together reach so many bytes of UTF-8, and the one that passes it.
-    Only the chosen documents' texts are held.
+    Every file is read by a call of its own, which `spread` may do elsewhere; only the chosen
+    documents' texts are held.
     """
-    ranked: list[tuple[int, str, int, int]] = []
-    for number, file in enumerate(files):
-        row = 0
-        for table in read_batches(file, ["doc_id", "text"] if not _has_ids(file) else ["doc_id"]):
-            for doc_id in table["doc_id"].to_pylist():
-                ranked.append((shuffle_key(doc_id, seed), doc_id, number, row))
-                row += 1
-            if len(ranked) > 4 * count:
-                ranked = sorted(ranked)[:count]
-    places = {(number, row): rank for rank, (*_, number, row) in enumerate(sorted(ranked)[:count])}
+    ranked: list[Place] = []
+    for found in spread(partial(rank_documents, count=count, seed=seed), list(enumerate(files))):
+        ranked = sorted([*ranked, *found])[:count]
+    wanted: dict[int, dict[int, int]] = {}
+    for rank, (*_, number, row) in enumerate(ranked):
+        wanted.setdefault(number, {})[row] = rank
     chosen: dict[int, Excerpt] = {}
-    for number, file in enumerate(files):
-        wanted = {row: rank for (n, row), rank in places.items() if n == number}
-        if wanted:
-            chosen |= _read(file, wanted)
+    for excerpts in spread(read_excerpts, [(files[n], rows) for n, rows in wanted.items()]):
+        chosen |= excerpts
     return _cut([chosen[rank] for rank in sorted(chosen)], limit)
+
+
+def rank_documents(numbered: tuple[int, Path], count: int, seed: int) -> list[Place]:
+    """The `count` documents of a file whose keys are lowest, with the file's number."""
+    number, file = numbered
+    ranked: list[Place] = []
+    row = 0
+    for table in read_batches(file, ["doc_id"] if _has_ids(file) else ["doc_id", "text"]):
+        for doc_id in table["doc_id"].to_pylist():
+            ranked.append((shuffle_key(doc_id, seed), doc_id, number, row))
+            row += 1
+        if len(ranked) > 4 * count:
+            ranked = sorted(ranked)[:count]
+    return sorted(ranked)[:count]
 
 
 def _has_ids(file: Path) -> bool:
     return "doc_id" in pq.read_schema(file).names
 
 
-def _read(file: Path, wanted: dict[int, int]) -> dict[int, Excerpt]:
-    """Documents of the wanted rows, by the rank that `wanted` gives each."""
+def read_excerpts(asked: tuple[Path, dict[int, int]]) -> dict[int, Excerpt]:
+    """Documents of a file, by the rank that is asked for each row."""
+    file, wanted = asked
     labelled = "language" in pq.read_schema(file).names
     columns = ["domain", "text", *(["language"] if labelled else [])]
     found: dict[int, Excerpt] = {}
     start = 0
     for table in read_batches(file, columns):
         inside = [row for row in range(start, start + len(table)) if row in wanted]
-        part = table.take([row - start for row in inside]).to_pylist()
+        part = table.take(pa.array([row - start for row in inside], pa.int64())).to_pylist()
         for row, document in zip(inside, part, strict=True):
             language = document.get("language")
             found[wanted[row]] = Excerpt(

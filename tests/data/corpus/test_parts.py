@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from raylign.config import UserError
-from raylign.data.corpus.parts import DONE, run_parts
+from raylign.data.corpus.parts import DONE, run_parts, stream_map
+from raylign.tokenization.sample import draw_sample
 from raylign.tracking import ProgressBoard
 
 BOARD = ProgressBoard(Console(file=io.StringIO()))
@@ -113,3 +116,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_named(ray_cluster: None, small_disk: Path) -> None:
     with pytest.raises(UserError, match=f"no space left for {small_disk} .* run again"):
         run_parts("fill", rows(3), fill_disk, small_disk, BOARD)
+
+
+def test_a_sample_is_the_same_wherever_it_is_drawn(ray_cluster: None, tmp_path: Path) -> None:
+    for part in range(4):
+        ids = [f"{part}-{row}" for row in range(30)]
+        table = pa.table({"doc_id": ids, "text": [f"text of {name}" for name in ids]})
+        pq.write_table(table, tmp_path / f"part-{part}.parquet")
+    files = sorted(tmp_path.glob("*.parquet"))
+    here = draw_sample(files, 25, seed=3)
+    assert draw_sample(files, 25, seed=3, spread=stream_map) == here
+    assert len(here) == 25 and len({excerpt.text for excerpt in here}) == 25
+
+
+def test_results_come_in_the_order_of_items(ray_cluster: None) -> None:
+    assert stream_map(str, [3, 1, 2]) == ["3", "1", "2"]
+    assert stream_map(str, []) == []

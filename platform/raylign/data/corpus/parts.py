@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -92,6 +93,25 @@ def _stream(
         if row["error"]:
             raise UserError(row["error"])
         yield row["number"]
+
+
+def stream_map(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Results of a picklable `function` for each of `items`, in their order, by Ray Data."""
+    if not items:
+        return []
+    _quiet()
+    rows = [{"number": n, "item": pickle.dumps(item)} for n, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        partial(_apply, function=function), batch_size=1, batch_format="pyarrow"
+    )
+    results = {row["number"]: pickle.loads(row["result"]) for row in dataset.iter_rows()}
+    return [results[number] for number in range(len(items))]
+
+
+def _apply(rows: pa.Table, function: Callable[[Any], Any]) -> pa.Table:
+    """Runs in a worker."""
+    results = [pickle.dumps(function(pickle.loads(item))) for item in rows["item"].to_pylist()]
+    return pa.table({"number": rows["number"], "result": pa.array(results, pa.binary())})
 
 
 def _spread(
