@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from raylign.data.extraction.main_text import decode, extract, is_too_deep
+
+ROOT = Path(__file__).resolve().parents[3]
 
 BODY = "<p>" + "The quick brown fox jumps over the lazy dog near the river bank. " * 8 + "</p>"
 PAGE = (
@@ -75,5 +79,11 @@ def test_pages_made_to_be_deep_are_not_parsed() -> None:
 
 def test_importing_needs_no_extractor() -> None:
     code = "import sys, raylign.data.extraction.main_text as m; print('trafilatura' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "platform")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout.strip() == "False"
