@@ -52,9 +52,9 @@ def run_parts(
     `sha256`. The bar counts parts, and beside them the sum of a report's `size`. Raises the first
     `UserError` of a worker.
 
-    With `stream` the rows are a Ray Data dataset: for passes that read, extract, measure and
-    tokenise. Without, they are plain tasks: for passes that compare documents, or join what is
-    known of them, where the streaming executor would cost more than the work.
+    With `stream` the rows are a Ray Data dataset: for passes that read, extract and measure.
+    Without, they are plain tasks: for passes that compare, join or tokenise, where the streaming
+    executor would cost a good part of the work.
     """
     (directory / DONE).mkdir(parents=True, exist_ok=True)
     reports: dict[int, dict[str, Any]] = {}

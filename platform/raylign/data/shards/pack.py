@@ -93,7 +93,7 @@ def pack_corpus(
         settings,
     )
     work = partial(pack_part, parts=tokens.parts, names=tokens.documents.names)
-    reports = run_parts("pack", rows, work, directory, board, size="tokens")
+    reports = run_parts("pack", rows, work, directory, board, size="tokens", stream=False)
     writers = {split: ShardWriter(directory, split, vocabulary.size) for split in SPLITS}
     for report in reports:
         for shard in report["shards"]:

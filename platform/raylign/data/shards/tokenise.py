@@ -77,7 +77,9 @@ def tokenise(
         }
         for number, file in enumerate(files)
     ]
-    reports = run_parts("tokenise", rows, tokenise_part, directory, board, size="tokens")
+    reports = run_parts(
+        "tokenise", rows, tokenise_part, directory, board, size="tokens", stream=False
+    )
     return _open(reports, directory)
 
 
