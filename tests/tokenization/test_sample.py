@@ -5,8 +5,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylign.data.documents import sample_texts
+from raylign.data.documents import read_batches, shuffle_key
 from raylign.tokenization.sample import Excerpt, draw_sample
+
+
+def sample_texts(files: list[Path], count: int, seed: int) -> list[str]:
+    """At most `count` texts, chosen and ordered by `shuffle_key`."""
+    chosen: list[tuple[int, str, str]] = []
+    for file in files:
+        for table in read_batches(file, ["doc_id", "text"]):
+            ids, texts = table["doc_id"].to_pylist(), table["text"].to_pylist()
+            for doc_id, text in zip(ids, texts, strict=True):
+                chosen.append((shuffle_key(doc_id, seed), doc_id, text or ""))
+            chosen = sorted(chosen)[:count]
+    return [text for _, _, text in chosen]
 
 
 def write(directory: Path, files: int = 3, rows: int = 50, **columns: object) -> list[Path]:

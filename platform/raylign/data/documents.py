@@ -88,15 +88,3 @@ def read_table(file: Path, columns: tuple[str, ...] = ("doc_id", "text")) -> pa.
 def shuffle_key(doc_id: str, seed: int) -> int:
     """64 bits; sorting documents by it shuffles them, the same way wherever it is computed."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{doc_id}".encode())
-
-
-def sample_texts(files: list[Path], count: int, seed: int) -> list[str]:
-    """At most `count` texts, chosen and ordered by `shuffle_key`."""
-    chosen: list[tuple[int, str, str]] = []
-    for file in files:
-        for table in read_batches(file, ["doc_id", "text"]):
-            ids, texts = table["doc_id"].to_pylist(), table["text"].to_pylist()
-            for doc_id, text in zip(ids, texts, strict=True):
-                chosen.append((shuffle_key(doc_id, seed), doc_id, text or ""))
-            chosen = sorted(chosen)[:count]
-    return [text for _, _, text in chosen]
