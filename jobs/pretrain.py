@@ -6,21 +6,22 @@ stage: a plain Hugging Face directory `model/`, metrics and samples.
 
 from __future__ import annotations
 
-from functools import partial
+import math
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from jobs.entry import locate, main, model_directory, perform, section
-from raylign.config import ModelConfig, PretrainConfig, Recipe, UserError
+from raylign.config import ModelConfig, PretrainConfig, Recipe, TrainingConfig, UserError
 from raylign.data.packing import PackedShards
+from raylign.models.assembly import Head, ModelPlan
 from raylign.models.loading import load_config, load_tokenizer, pad_id
 from raylign.models.presets import build_config
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
 from raylign.training.loop import SupervisedTask
-from raylign.training.rows import CorpusRows
+from raylign.training.objectives import LanguageObjective
 from raylign.training.supervised import train
 
 
@@ -33,9 +34,9 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         run, config.tokenizer, "tokenizer", "tokenizer", "pretrain.tokenizer"
     )
     start: Path | None = None
-    if isinstance(config.model, Path):
+    if isinstance(config.model, str):
         start, parents["model"] = locate(
-            run, config.model, "pretrain", "pretrain", "pretrain.model"
+            run, Path(config.model), "pretrain", "pretrain", "pretrain.model"
         )
         start = model_directory(start)
 
@@ -48,14 +49,20 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
             )
         model = choose_model(config, start, tokenizer, rows)
         task = plan(
-            recipe.seed, config, model if start is None else start, shards, tokenizer, draft
+            recipe.seed,
+            config,
+            model if start is None else start,
+            shards,
+            rows.rows,
+            tokenizer,
+            draft,
         )
-        with board.bar("pretrain", config.steps) as bar:
+        with board.bar("pretrain", task.steps) as bar:
             draft.summary.update(train(task, config.workers, bar))
         show(draft, board)
 
     settings = {"pretrain": config.model_dump(mode="json"), "seed": recipe.seed}
-    perform(run, "pretrain", settings, parents, board, build)
+    perform(run, "pretrain", settings, parents, board, build, config.checkpoints.resume == "auto")
 
 
 def choose_model(
@@ -92,6 +99,7 @@ def plan(
     config: PretrainConfig,
     start: Path | PreTrainedConfig,
     shards: Path,
+    rows: int,
     tokenizer: Path,
     draft: Draft,
 ) -> SupervisedTask:
@@ -103,15 +111,13 @@ def plan(
     return SupervisedTask(
         name="pretrain",
         output=draft.path,
-        start=start,
+        model=plan_model(config, start, derive_seed(seed, "pretrain", "weights")),
         tokenizer=tokenizer,
-        open_rows=partial(CorpusRows, shards, isolate=config.isolate_documents),
-        weight_seed=derive_seed(seed, "pretrain", "weights"),
-        order_seed=derive_seed(seed, "pretrain", "order"),
-        steps=config.steps,
+        objective=LanguageObjective(shards, "corpus", config.isolate_documents),
+        seed=derive_seed(seed, "pretrain", "order"),
+        steps=count_steps(config, rows),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        isolate=config.isolate_documents,
         checkpoint_every=config.checkpoint_every,
         optimizer=config.optimizer,
         schedule=config.schedule,
@@ -120,6 +126,20 @@ def plan(
         prompts=tuple((text, tuple(ids)) for text, ids in prompts),
         sample_tokens=config.sample_tokens,
     )
+
+
+def plan_model(
+    config: TrainingConfig, start: Path | PreTrainedConfig, seed: int, head: Head = "language"
+) -> ModelPlan:
+    """The model as every rank builds it."""
+    return ModelPlan(start, seed, head, config.peft, config.adapter)
+
+
+def count_steps(config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps: as many as given, or as the given passes over `rows` rows take."""
+    if config.epochs is None:
+        return config.steps
+    return max(1, math.ceil(config.epochs * rows / config.batch_size))
 
 
 def show(draft: Draft, board: ProgressBoard) -> None:

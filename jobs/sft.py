@@ -7,16 +7,14 @@ and do not see each other. Writes the `sft` stage: `model/`, metrics and samples
 from __future__ import annotations
 
 import random
-import shutil
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from jobs.entry import locate, main, model_directory, perform, section
-from jobs.pretrain import show
+from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import Conversation, read_demonstrations
 from raylign.models.loading import load_config, load_tokenizer, pad_id, require_chat_template
@@ -24,7 +22,8 @@ from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
 from raylign.training.loop import SupervisedTask
-from raylign.training.rows import DemonstrationRows, write_demonstrations
+from raylign.training.objectives import LanguageObjective
+from raylign.training.rows import write_demonstrations
 from raylign.training.supervised import train
 
 _ROWS = ".rows"
@@ -34,7 +33,13 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """The `sft` stage."""
     config = section(recipe, "sft", SftConfig)
     parents = {}
-    model, parents["model"] = locate(run, config.model, "pretrain", "pretrain", "sft.model")
+    model, parents["model"] = locate(
+        run,
+        None if config.model is None else Path(config.model),
+        "pretrain",
+        "pretrain",
+        "sft.model",
+    )
     model = model_directory(model)
     data, parents["data"] = locate(run, config.data, "corpus", "prepare", "sft.data")
     data = data / "exercises.jsonl" if data.is_dir() else data
@@ -43,17 +48,14 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         tokenizer = load_tokenizer(model)
         check(config, model, tokenizer)
         rows = draft.path / _ROWS
-        try:
-            prepare_rows(config, data, tokenizer, recipe.seed, rows, draft, board)
-            task = plan(recipe.seed, config, model, tokenizer, rows, draft)
-            with board.bar("sft", config.steps) as bar:
-                draft.summary.update(train(task, config.workers, bar))
-        finally:
-            shutil.rmtree(rows, ignore_errors=True)
+        prepare_rows(config, data, tokenizer, recipe.seed, rows, draft, board)
+        task = plan(recipe.seed, config, model, tokenizer, rows, draft)
+        with board.bar("sft", task.steps) as bar:
+            draft.summary.update(train(task, config.workers, bar))
         show(draft, board)
 
     settings = {"sft": config.model_dump(mode="json"), "seed": recipe.seed}
-    perform(run, "sft", settings, parents, board, build)
+    perform(run, "sft", settings, parents, board, build, config.checkpoints.resume == "auto")
 
 
 def check(config: SftConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,15 +136,13 @@ def plan(
     return SupervisedTask(
         name="sft",
         output=draft.path,
-        start=model,
+        model=plan_model(config, model, derive_seed(seed, "sft", "weights")),
         tokenizer=model,
-        open_rows=partial(DemonstrationRows, rows),
-        weight_seed=derive_seed(seed, "sft", "weights"),
-        order_seed=derive_seed(seed, "sft", "order"),
-        steps=config.steps,
+        objective=LanguageObjective(rows, "demonstrations"),
+        seed=derive_seed(seed, "sft", "order"),
+        steps=count_steps(config, draft.summary["rows"]),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        isolate=True,
         checkpoint_every=config.checkpoint_every,
         optimizer=config.optimizer,
         schedule=config.schedule,

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,10 +72,11 @@ def measure_bare(steps: int) -> float:
 
 def measure_loop(steps: int) -> float:
     """Tokens a second of the supervised loop on two Ray workers, first window left out."""
+    from raylign.models.assembly import ModelPlan
     from raylign.runtime import connect, disconnect
     from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
     from raylign.training.loop import SupervisedTask
-    from raylign.training.rows import CorpusRows
+    from raylign.training.objectives import LanguageObjective
     from raylign.training.supervised import train
 
     with tempfile.TemporaryDirectory() as name:
@@ -87,15 +87,13 @@ def measure_loop(steps: int) -> float:
         task = SupervisedTask(
             name="pretrain",
             output=directory / "out",
-            start=SHAPE,
+            model=ModelPlan(SHAPE, seed=0),
             tokenizer=directory / "spell",
-            open_rows=partial(CorpusRows, directory, isolate=True),
-            weight_seed=0,
-            order_seed=0,
+            objective=LanguageObjective(directory, "corpus"),
+            seed=0,
             steps=steps,
             batch_size=2 * ROWS,
             micro_batch_size=ROWS,
-            isolate=True,
             checkpoint_every=steps,
             optimizer=OptimizerConfig(),
             schedule=ScheduleConfig(),

@@ -86,7 +86,7 @@ def test_a_model_is_a_shape_or_a_directory(tmp_path: Path) -> None:
     named = load(tmp_path, "pretrain: {model: runs/a/pretrain}")
     assert shaped.pretrain is not None and named.pretrain is not None
     assert getattr(shaped.pretrain.model, "layers", None) == 2
-    assert named.pretrain.model == Path("runs/a/pretrain")
+    assert named.pretrain.model == "runs/a/pretrain"
 
 
 def test_a_recipe_is_frozen(tmp_path: Path) -> None:

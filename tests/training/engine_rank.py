@@ -20,7 +20,7 @@ from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
 from raylign.models.presets import build_config
 from raylign.training.engine import Engine, build_engine
-from raylign.training.objectives import sum_cross_entropy
+from raylign.training.objectives import score_text
 
 VOCABULARY, ROWS, LENGTH, STEPS = 64, 8, 16, 4
 SHAPE = ModelConfig(hidden_size=32, layers=2, ffn_size=48, context=32)
@@ -89,7 +89,7 @@ def run_case(case: Case, directory: Path) -> dict[str, Any]:
         )
         for rows, targets in pieces:
             # Small pieces, so that the head is applied, and recomputed, several times.
-            loss = sum_cross_entropy(engine.module, rows, targets, piece=20) / trained.sum()
+            loss = score_text(engine.module, rows, targets, piece=20) / trained.sum()
             engine.backward(loss)
             total += loss.detach()
         found["norms"].append(engine.step(OPTIMIZER.lr * (step + 1) / STEPS))
@@ -112,7 +112,7 @@ def wait_in_vain(rank: int) -> float:
     tokens, trained = draw_batch(0)
     started = time.monotonic()
     try:
-        engine.backward(sum_cross_entropy(engine.module, tokens, trained) / 100)
+        engine.backward(score_text(engine.module, tokens, trained) / 100)
         engine.step(1e-3)
     except RuntimeError:
         return time.monotonic() - started

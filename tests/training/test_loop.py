@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,13 @@ from safetensors.torch import load_file
 
 from raylign.config import EngineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, UserError
 from raylign.data.packing import ShardWriter, pack, write_index
+from raylign.models.assembly import ModelPlan
 from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
 from raylign.models.presets import build_config
 from raylign.tracking import METRICS_FILE, read_lines
 from raylign.training.loop import CHECKPOINTS, SAMPLES_FILE, SupervisedLoop, SupervisedTask
-from raylign.training.rows import CorpusRows
+from raylign.training.objectives import LanguageObjective
+from raylign.training.rows import CorpusRows, Rows, TextRows
 
 VOCABULARY = 57
 CONFIG = build_config(
@@ -50,15 +51,13 @@ def make_task(shards: Path, tokenizer: Path, output: Path) -> SupervisedTask:
     return SupervisedTask(
         name="pretrain",
         output=output,
-        start=CONFIG,
+        model=ModelPlan(CONFIG, seed=1),
         tokenizer=tokenizer,
-        open_rows=partial(CorpusRows, shards, isolate=True),
-        weight_seed=1,
-        order_seed=2,
+        objective=LanguageObjective(shards, "corpus"),
+        seed=2,
         steps=25,
         batch_size=6,
         micro_batch_size=4,
-        isolate=True,
         checkpoint_every=8,
         optimizer=OptimizerConfig(lr=1e-2),
         schedule=ScheduleConfig(warmup_steps=3),
@@ -99,9 +98,9 @@ def test_the_model_is_exported_with_its_tokenizer(finished: Finished) -> None:
     model = load_model(task.output / "model")
     assert load_tokenizer(task.output / "model").chat_template
     row = read_lines(task.output / METRICS_FILE)[-1]
-    tokens, _, trained = CorpusRows(Path(task.open_rows.args[0]), "validation", True).read(
-        range(10)
-    )
+    assert isinstance(task.objective, LanguageObjective)
+    rows = CorpusRows(task.objective.directory, "validation", isolate=True).read(range(10))
+    tokens, trained = rows.tokens, rows.trained
     losses = []
     for index in range(10):  # alone, without packing: documents end where segments do
         starts = np.flatnonzero(~trained[index])
@@ -136,14 +135,17 @@ class _FailingRows(CorpusRows):
 
     left = 20
 
-    def read(
-        self, indices: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> TextRows:
         if len(indices) == 6:
             if self.left == 0:
                 raise ConnectionError("gone")
             self.left -= 1
         return super().read(indices)
+
+
+class _FailingObjective(LanguageObjective):
+    def open(self, split: str) -> Rows[TextRows]:
+        return _FailingRows(self.directory, split, self.isolate)
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(
@@ -152,7 +154,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     whole, result = finished
     task = make_task(shards, tiny_model, tmp_path / "out")
     with pytest.raises(ConnectionError):
-        SupervisedLoop(replace(task, open_rows=partial(_FailingRows, shards, isolate=True))).run()
+        SupervisedLoop(replace(task, objective=_FailingObjective(shards, "corpus"))).run()
     assert read_lines(task.output / METRICS_FILE)[-1]["step"] == 20
     assert len(list((task.output / CHECKPOINTS).iterdir())) == 2
     again = SupervisedLoop(task).run()
@@ -175,13 +177,13 @@ def test_a_seed_fixes_the_first_loss_to_the_bit(
     task = replace(make_task(shards, tiny_model, tmp_path / "a"), steps=1, prompts=())
     SupervisedLoop(task).run()
     assert read_lines(task.output / METRICS_FILE)[0]["loss"] == first
-    for change in ({"weight_seed": 9}, {"order_seed": 9}):
-        other = replace(task, output=tmp_path / str(change), **change)
+    for number, change in enumerate(({"model": ModelPlan(CONFIG, seed=9)}, {"seed": 9})):
+        other = replace(task, output=tmp_path / str(number), **change)
         SupervisedLoop(other).run()
         assert read_lines(other.output / METRICS_FILE)[0]["loss"] != first
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
+def test_a_gradient_that_is_no_number_stops_the_run_and_shows_the_batch(
     shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     broken = initialise(CONFIG, 0)
@@ -189,5 +191,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
         broken.model.norm.weight[0] = math.nan
     save_model(broken, CONFIG, load_tokenizer(tiny_model), tmp_path / "broken")
     task = make_task(shards, tiny_model, tmp_path / "out")
-    with pytest.raises(UserError, match=r"loss is nan at step 1; lower pretrain.optimizer.lr"):
-        SupervisedLoop(replace(task, start=tmp_path / "broken")).run()
+    with pytest.raises(UserError, match=r"nan at step 1, and no rank .* lower pretrain.optimizer"):
+        SupervisedLoop(replace(task, model=ModelPlan(tmp_path / "broken", seed=1))).run()
+    kept = tmp_path / "diverged/pretrain-step-00000001"
+    rows = np.load(kept / "rows.npz")
+    assert rows["tokens"].shape == (6, 16) and len(rows["index"]) == 6
+    assert [row["row"] for row in read_lines(kept / "rows.jsonl")] == rows["index"].tolist()

@@ -10,7 +10,7 @@ from raylign.config import ModelConfig
 from raylign.data.packing import attention_mask, positions
 from raylign.models.loading import initialise
 from raylign.models.presets import build_config
-from raylign.training.objectives import sum_cross_entropy
+from raylign.training.objectives import score_text
 
 VOCABULARY = 19
 
@@ -35,7 +35,7 @@ def test_loss_and_gradients_are_the_naive_ones(model: PreTrainedModel, piece: in
     tokens = draw(3, 8)
     trained = torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.5
     trained[:, 0] = False
-    ours = sum_cross_entropy(model, tokens, trained, piece=piece)
+    ours = score_text(model, tokens, trained, piece=piece)
     logits = model(input_ids=tokens).logits
     naive = -sum(
         torch.log_softmax(logits[row, t - 1], -1)[tokens[row, t]]
@@ -50,9 +50,9 @@ def test_loss_and_gradients_are_the_naive_ones(model: PreTrainedModel, piece: in
 def test_the_sum_over_parts_is_the_sum_over_the_whole(model: PreTrainedModel) -> None:
     tokens, trained = draw(4, 8), torch.ones(4, 8, dtype=torch.bool)
     trained[:, 0] = False
-    whole = sum_cross_entropy(model, tokens, trained)
+    whole = score_text(model, tokens, trained)
     parts = sum(
-        sum_cross_entropy(model, tokens[cut], trained[cut])
+        score_text(model, tokens[cut], trained[cut])
         for cut in (slice(0, 1), slice(1, 4), slice(4, 4))
         if len(tokens[cut])
     )
@@ -60,7 +60,7 @@ def test_the_sum_over_parts_is_the_sum_over_the_whole(model: PreTrainedModel) ->
 
 
 def test_no_trained_token_gives_a_zero_that_has_a_gradient(model: PreTrainedModel) -> None:
-    loss = sum_cross_entropy(model, draw(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    loss = score_text(model, draw(1, 2), torch.zeros(1, 2, dtype=torch.bool))
     assert float(loss.detach()) == 0.0
     assert not list_gradients(model, loss).any()
 

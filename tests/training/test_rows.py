@@ -13,6 +13,7 @@ from raylign.data.packing import ShardWriter, write_index
 from raylign.training.rows import (
     CorpusRows,
     DemonstrationRows,
+    TextRows,
     assemble,
     deal,
     write_demonstrations,
@@ -30,12 +31,13 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_first_tokens_are_trained_only_where_something_precedes_them(shards: Path) -> None:
-    tokens, segments, isolated = CorpusRows(shards, "train", isolate=True).read([0, 1])
-    assert tokens.tolist() == np.arange(12).reshape(2, 6).tolist()
-    assert segments.tolist() == SEGMENTS.tolist()
-    assert isolated.astype(int).tolist() == [[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 1, 1]]
-    _, _, joined = CorpusRows(shards, "train", isolate=False).read([0, 1])
-    assert joined.astype(int).tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+    isolated = CorpusRows(shards, "train", isolate=True).read([0, 1])
+    assert isolated.tokens.tolist() == np.arange(12).reshape(2, 6).tolist()
+    assert isolated.segments.tolist() == SEGMENTS.tolist()
+    assert isolated.real_tokens == 11
+    assert isolated.trained.astype(int).tolist() == [[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 1, 1]]
+    joined = CorpusRows(shards, "train", isolate=False).read([0, 1])
+    assert joined.trained.astype(int).tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
 
 
 def test_demonstrations_come_back_from_their_rows(tmp_path: Path) -> None:
@@ -47,7 +49,8 @@ def test_demonstrations_come_back_from_their_rows(tmp_path: Path) -> None:
     count = write_demonstrations(conversations, 8, 99, tmp_path, "train")
     rows = DemonstrationRows(tmp_path, "train")
     assert rows.count == count == 4  # 28 tokens in rows of 8
-    tokens, segments, trained = rows.read(range(count))
+    found = rows.read(range(count))
+    tokens, segments, trained = found.tokens, found.segments, found.trained
     assert ((segments == 0) == (tokens == 99)).all() and not trained[segments == 0].any()
     seen = {}
     for row in range(count):
@@ -62,17 +65,28 @@ def test_demonstrations_come_back_from_their_rows(tmp_path: Path) -> None:
 
 
 def test_a_mask_is_made_only_where_documents_share_a_row() -> None:
-    tokens, trained = np.zeros((2, 6), np.int64), np.zeros((2, 6), bool)
-    shared = assemble(tokens, SEGMENTS, trained, isolate=True)
+    rows = TextRows(np.zeros((2, 6), np.int64), SEGMENTS, np.zeros((2, 6), bool))
+    shared = assemble(rows, slice(0, 2), isolate=True)
     assert shared.attention_mask is not None and shared.position_ids is not None
     assert shared.attention_mask.shape == (2, 1, 6, 6)
     assert shared.position_ids.tolist()[0][:5] == [0, 1, 2, 0, 1]
-    assert assemble(tokens, SEGMENTS, trained, isolate=False).attention_mask is None
-    assert assemble(tokens[1:], SEGMENTS[1:], trained[1:], isolate=True).attention_mask is None
+    assert assemble(rows, slice(0, 2), isolate=False).attention_mask is None
+    assert assemble(rows, slice(1, 2), isolate=True).attention_mask is None
+
+
+def test_padding_that_no_row_needs_is_cut_off() -> None:
+    segments = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+    rows = TextRows(np.arange(20).reshape(4, 5), segments, segments > 0)
+    short = assemble(rows, slice(0, 2), isolate=True)
+    assert short.tokens.tolist() == [[0, 1, 2], [5, 6, 7]]
+    assert short.trained.tolist() == [[True, True, False], [True, True, True]]
+    assert assemble(rows, slice(0, 3), isolate=True).tokens.shape == (3, 5)
+    assert assemble(rows, slice(3, 4), isolate=True).tokens.shape == (1, 2)
 
 
 def test_no_rows_make_a_batch_that_trains_nothing() -> None:
-    empty = assemble(np.empty((0, 6)), np.empty((0, 6)), np.empty((0, 6), bool), isolate=True)
+    rows = TextRows(np.zeros((2, 6), np.int64), SEGMENTS, np.zeros((2, 6), bool))
+    empty = assemble(rows, slice(2, 2), isolate=True)
     assert empty.tokens.shape == (1, 2) and not empty.trained.any()
     assert torch.equal(empty.to(torch.device("cpu")).tokens, empty.tokens)
 
@@ -95,5 +109,5 @@ def test_no_rows_can_be_read(tmp_path: Path) -> None:
     conversation = Conversation(np.array([1, 2, 3], np.int32), np.array([False, True, True]))
     write_demonstrations([conversation], 6, 0, tmp_path, "validation")
     rows = DemonstrationRows(tmp_path, "validation")
-    tokens, segments, trained = rows.read(range(rows.count)[slice(0, 0)])
-    assert tokens.shape == segments.shape == trained.shape == (0, 6)
+    found = rows.read(range(rows.count)[slice(0, 0)])
+    assert found.tokens.shape == found.segments.shape == found.trained.shape == (0, 6)

@@ -13,6 +13,8 @@ from raylign.config.decontamination import DecontaminateConfig, EvaluationSetCon
 from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.loading import ConfigError, load_recipe
+from raylign.config.model import ModelConfig
+from raylign.config.preference import ComparisonConfig, PreferenceConfig, RewardModelConfig
 from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
 from raylign.config.recipe import RayConfig, Recipe
 from raylign.config.section import Section, UserError
@@ -22,19 +24,25 @@ from raylign.config.synthesis import ClassifierConfig, SynthesiseConfig
 from raylign.config.textbook import TextbookConfig
 from raylign.config.tokenizer import TokenizerConfig
 from raylign.config.training import (
+    AdapterConfig,
+    CheckpointConfig,
     EngineConfig,
-    ModelConfig,
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
     SftConfig,
+    TrainingConfig,
     WorkersConfig,
 )
+from raylign.config.tuning import MergeConfig, RangeConfig, TuneConfig
 
 __all__ = [
+    "AdapterConfig",
     "AlgorithmConfig",
     "AlignConfig",
+    "CheckpointConfig",
     "ClassifierConfig",
+    "ComparisonConfig",
     "ConfigError",
     "DecontaminateConfig",
     "DedupConfig",
@@ -43,16 +51,20 @@ __all__ = [
     "EvaluationSetConfig",
     "LearnerConfig",
     "LinesConfig",
+    "MergeConfig",
     "MixtureConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PiiConfig",
+    "PreferenceConfig",
     "PrepareConfig",
     "PretrainConfig",
     "QualityConfig",
+    "RangeConfig",
     "RayConfig",
     "Recipe",
     "RewardConfig",
+    "RewardModelConfig",
     "RolloutConfig",
     "SamplingConfig",
     "ScheduleConfig",
@@ -64,6 +76,8 @@ __all__ = [
     "SynthesiseConfig",
     "TextbookConfig",
     "TokenizerConfig",
+    "TrainingConfig",
+    "TuneConfig",
     "UserError",
     "WorkersConfig",
     "load_recipe",

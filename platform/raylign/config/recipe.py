@@ -9,10 +9,12 @@ from pydantic import Field
 from raylign.config.alignment import AlignConfig
 from raylign.config.corpus import PrepareConfig
 from raylign.config.evaluation import EvaluateConfig
+from raylign.config.preference import PreferenceConfig, RewardModelConfig
 from raylign.config.section import Section
 from raylign.config.synthesis import ClassifierConfig, SynthesiseConfig
 from raylign.config.tokenizer import TokenizerConfig
 from raylign.config.training import PretrainConfig, SftConfig
+from raylign.config.tuning import MergeConfig, TuneConfig
 
 
 class RayConfig(Section):
@@ -40,5 +42,9 @@ class Recipe(Section):
     tokenizer: TokenizerConfig | None = None
     pretrain: PretrainConfig | None = None
     sft: SftConfig | None = None
+    reward_model: RewardModelConfig | None = None
+    preference: PreferenceConfig | None = None
+    tune: TuneConfig | None = None
+    merge: MergeConfig | None = None
     align: AlignConfig | None = None
     evaluate: EvaluateConfig | None = None

@@ -1,44 +1,16 @@
-"""Knobs of `pretrain` and `sft`."""
+"""Knobs of every training stage: what all share, and those of `pretrain` and `sft`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raylign.config.section import Section
+from raylign.config.model import ModelConfig
+from raylign.config.section import Count, Section, Share
 
-Count = Annotated[int, Field(ge=1)]
-
-
-class ModelConfig(Section):
-    """A Llama-style decoder (RoPE, RMSNorm, SwiGLU, GQA) as a plain transformers config."""
-
-    hidden_size: Count = 128
-    """Width of the residual stream."""
-    layers: Count = 4
-    """Decoder blocks."""
-    heads: Count = 4
-    """Query heads; must divide `hidden_size`."""
-    kv_heads: Count = 2
-    """Key/value heads; must divide `heads`."""
-    ffn_size: Count = 384
-    """Inner width of the SwiGLU block."""
-    context: Count = 512
-    """Longest sequence, in tokens."""
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    """Base of the rotary frequencies."""
-    tie_embeddings: bool = True
-    """Share the input and output embedding."""
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> ModelConfig:
-        if self.hidden_size % self.heads:
-            raise ValueError(f"heads={self.heads} must divide hidden_size={self.hidden_size}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-        return self
+PeftKind = Literal["none", "lora", "qlora", "dora", "loraplus", "vera", "loha", "prefix", "prompt"]
 
 
 class OptimizerConfig(Section):
@@ -70,12 +42,23 @@ class ScheduleConfig(Section):
 
 
 class EngineConfig(Section):
-    """What computes gradients and steps."""
+    """What computes gradients and steps, and how it is spread over ranks.
+
+    Ranks that are not needed for tensor, pipeline or sequence parallelism are data parallel.
+    """
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"
-    """`torch` is a plain single-process engine for tests and small runs."""
+    """`torch` is plain replicas, for tests and small runs."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
+    """What data-parallel ranks share out: optimizer state (1), gradients (2), weights (3)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer state, or with ZeRO-3 the weights as well, in the memory of the CPU."""
+    tensor_parallel: Count = 1
+    """Ranks that share every matrix."""
+    pipeline_parallel: Count = 1
+    """Ranks that share the layers."""
+    sequence_parallel: Count = 1
+    """Ranks that share every sequence (Ulysses)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; optimizer state stays float32."""
     activation_checkpointing: bool = False
@@ -99,15 +82,78 @@ class WorkersConfig(Section):
     """Restarts of the group before the job gives up."""
 
 
-class PretrainConfig(Section):
+class CheckpointConfig(Section):
+    """What is saved on the way, besides the model at the end."""
+
+    keep: Count = 2
+    """Newest verified checkpoints that stay."""
+    asynchronous: bool = True
+    """Write while training goes on; only the copy into memory is waited for."""
+    after: Literal["none", "models", "all"] = "none"
+    """What stays when the stage is finished: nothing, each checkpoint's `hf/`, or all of it."""
+    resume: Literal["auto", "never"] = "auto"
+    """Go on from the newest checkpoint of an interrupted run of the same settings."""
+
+
+class AdapterConfig(Section):
+    """How `peft` adapts the model; keys that a method has no use for must not be given."""
+
+    rank: Count | None = None
+    """Width of the low-rank update (lora, qlora, dora, loraplus 16; vera 64; loha 8)."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The update is scaled by alpha / rank; twice the rank when not given."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] | Literal["all-linear", "attention", "mlp"] = "all-linear"
+    """Which matrices: names of modules, or a family of them."""
+    rs_lora: bool = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski, 2023)."""
+    lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: learning rate of B over that of A (16)."""
+    virtual_tokens: Count | None = None
+    """prefix and prompt: length of what is learned in front of the text (16)."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """qlora: type of the frozen weights (nf4)."""
+
+
+class TrainingConfig(Section):
+    """What every training stage has."""
+
+    steps: Count = 200
+    """Optimizer steps."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the rows, in place of `steps`."""
+    batch_size: Count = 24
+    """Rows a step, over all ranks."""
+    micro_batch_size: Count = 12
+    """Rows a rank computes at once."""
+    peft: PeftKind = "none"
+    """Train a small adapter in place of all weights."""
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint_every: Count = 100
+    """Steps between checkpoints, validation and samples."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check_length(self) -> TrainingConfig:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class PretrainConfig(TrainingConfig):
     """`python -m jobs.pretrain`: next-token prediction on packed shards."""
 
     corpus: Path | None = None
     """Packed shards; the run's own `shards` stage when not given."""
     tokenizer: Path | None = None
     """Tokenizer directory; the run's own `tokenizer` stage when not given."""
-    model: ModelConfig | Path = ModelConfig()
-    """A shape to initialise, or a directory with weights to continue from."""
+    model: ModelConfig | str = ModelConfig()
+    """A shape or a preset's name to initialise; or a directory, or a hub name, to continue from."""
     steps: Count = 300
     """Optimizer steps."""
     batch_size: Count = 32
@@ -116,39 +162,36 @@ class PretrainConfig(Section):
     """Packed rows a rank computes at once."""
     isolate_documents: bool = True
     """No attention across the documents of a packed row."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    engine: EngineConfig = EngineConfig()
-    workers: WorkersConfig = WorkersConfig()
-    checkpoint_every: Count = 100
-    """Steps between checkpoints, validation and samples."""
     sample_prompts: tuple[str, ...] = ("Return the ", "What is 12 + 7? ", "To add, ")
     """Continued greedily at every checkpoint."""
     sample_tokens: Count = 48
     """Tokens of each continuation."""
 
 
-class SftConfig(Section):
-    """`python -m jobs.sft`: chat demonstrations, loss on the assistant's tokens only."""
+class SftConfig(TrainingConfig):
+    """`python -m jobs.sft`: demonstrations, loss on what the assistant says."""
 
-    model: Path | None = None
-    """Directory with weights and tokenizer; the run's own `pretrain` stage when not given."""
+    model: str | None = None
+    """Directory with weights and tokenizer, or a hub name; the run's own `pretrain` stage when not
+    given."""
     data: Path | None = None
-    """JSON lines with a `messages` column; the `corpus` stage's exercises when not given."""
-    steps: Count = 200
-    """Optimizer steps."""
-    batch_size: Count = 24
-    """Packed rows a step, over all ranks."""
-    micro_batch_size: Count = 12
-    """Packed rows a rank computes at once."""
+    """JSON lines, JSON or Parquet; the `corpus` stage's exercises when not given."""
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt"] = "auto"
+    """Columns of the data; `auto` recognises them in the first rows and says what it found."""
+    train_on: tuple[Literal["assistant", "user", "system", "tool"], ...] = ("assistant",)
+    """Roles whose words are trained."""
     sequence_length: int = Field(default=256, ge=8)
-    """Tokens in a packed row; longer conversations are rejected and counted."""
+    """Tokens in a row."""
+    packing: bool = True
+    """Several conversations share a row and do not see each other."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What happens to conversations longer than a row; both are counted."""
+    max_rejected_share: Share = 0.05
+    """More unusable rows than this stop the job."""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Noise on the embeddings in training (NEFTune; Jain et al., 2023); 0 is none."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3)
-    schedule: ScheduleConfig = ScheduleConfig()
-    engine: EngineConfig = EngineConfig()
-    workers: WorkersConfig = WorkersConfig()
-    checkpoint_every: Count = 100
-    """Steps between checkpoints, validation and samples."""
+    """AdamW."""
     validation_share: float = Field(default=0.02, gt=0, lt=1)
     """Share of conversations kept for validation loss."""
     sample_prompts: tuple[str, ...] = ("What is 12 + 7?", "Work out 431 - 58.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ import deepspeed
 
 from raylign.config import EngineConfig, OptimizerConfig
 from raylign.models.enclosure import Enclosure
-from raylign.training.engine import build_optimizer
+from raylign.training import passes
+from raylign.training.engine import build_optimizer, require_finite
+from raylign.training.sums import LossFunction, Measurement, Sums
 
 TAG = "state"
 
@@ -41,12 +44,15 @@ class DeepSpeedEngine:
         deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
         _ensure_process_group(config.timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.lm = model
+        self.data_rank, self.data_ranks = self.rank, self.world_size
+        self.lm, self.whole = model, config.zero_stage < 3
         self._stage = config.zero_stage
         self._norm: float | None = None
         client = build_optimizer(model.parameters(), optimizer)
         if self._stage == 0:
             self._clip_in(client, optimizer.clip)
+        else:
+            self._stop_before_nonsense(client)
         enclosure = Enclosure(model)
         if self._stage == 3:
             # The head's weight is used by bodies, outside the module that owns it.
@@ -73,7 +79,19 @@ class DeepSpeedEngine:
         self._deepspeed.step()
         norm = self._norm if self._stage == 0 else self._deepspeed.get_global_grad_norm()
         assert norm is not None
+        require_finite(float(norm))  # in float32 DeepSpeed has left the step out by itself
         return float(norm)
+
+    def accumulate(self, batches: Sequence[Any], function: LossFunction) -> Sums:
+        return passes.accumulate(self, batches, function)
+
+    def measure(self, batches: Iterable[Any], function: Measurement) -> Sums:
+        return passes.measure(self, batches, function)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
     def weights(self) -> dict[str, torch.Tensor]:
         if self._stage < 3:
@@ -99,8 +117,18 @@ class DeepSpeedEngine:
         def clip_gradients(stepping: torch.optim.Optimizer, *_: Any) -> None:
             parameters = [p for group in stepping.param_groups for p in group["params"]]
             self._norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+            require_finite(self._norm)
 
         client.register_step_pre_hook(clip_gradients)
+
+    def _stop_before_nonsense(self, client: torch.optim.Optimizer) -> None:
+        """DeepSpeed computes the global norm and then steps; it is looked at in between, where it
+        is the same on all ranks and nothing has been changed."""
+
+        def check(*_: Any) -> None:
+            require_finite(float(self._deepspeed.optimizer._global_grad_norm))
+
+        client.register_step_pre_hook(check)
 
 
 def _settings(config: EngineConfig, model: nn.Module, clip: float) -> dict[str, Any]:

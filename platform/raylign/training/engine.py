@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.config import EngineConfig, OptimizerConfig
+from raylign.training.sums import LossFunction, Measurement, Sums
+
+
+class DivergenceError(RuntimeError):
+    """The gradient is not a finite number; no rank has taken the step."""
 
 
 class Engine(Protocol):
@@ -22,19 +28,42 @@ class Engine(Protocol):
     """
 
     module: nn.Module
-    """Callable like the transformers model; what `score_tokens` and the objectives take."""
+    """Callable like the transformers model; what `score_tokens` takes."""
     lm: PreTrainedModel
-    """The bare model, for configuration and sampling. Its weights are whole unless ZeRO-3."""
+    """The bare model, for configuration and sampling."""
+    whole: bool
+    """Whether every rank holds all of `lm`."""
     rank: int
     world_size: int
+    data_rank: int
+    """Which share of a step's rows this rank computes, of `data_ranks`; ranks that share a model
+    between them have the same."""
+    data_ranks: int
     device: torch.device
+
+    def accumulate(self, batches: Sequence[Any], function: LossFunction) -> Sums:
+        """Add the gradients of this rank's micro-batches (`Inputs`); what was measured, summed
+        over them and not over ranks. Every rank must give equally many."""
+        ...
+
+    def measure(self, batches: Iterable[Any], function: Measurement) -> Sums:
+        """The same without gradients, in evaluation mode."""
+        ...
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the data ranks, each share of the rows counted once; the same on every rank."""
+        ...
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar that came from `module`."""
         ...
 
     def step(self, lr: float) -> float:
-        """Sum gradients over ranks, clip, update, clear; the global norm before clipping."""
+        """Sum gradients over ranks, clip, update, clear; the global norm before clipping.
+
+        Raises `DivergenceError` on every rank, before anything is updated, when the norm is not a
+        finite number.
+        """
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -71,6 +100,12 @@ def build_engine(
     from raylign.training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, model, optimizer)
+
+
+def require_finite(norm: float) -> None:
+    """Raises `DivergenceError` unless a gradient's norm is a number; DeepSpeed says -1 for none."""
+    if not math.isfinite(norm) or norm < 0:
+        raise DivergenceError(f"the norm of the gradient is {norm}")
 
 
 def build_optimizer(

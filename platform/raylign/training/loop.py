@@ -6,33 +6,40 @@ interrupted and resumed from a checkpoint ends with the same weights as one that
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from raylign.config import EngineConfig, OptimizerConfig, ScheduleConfig, UserError
 from raylign.data.packing import rows_for_step
-from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
-from raylign.tracking import METRICS_FILE, JsonTracker, Metric, read_lines
+from raylign.models.assembly import ModelPlan
+from raylign.models.loading import load_tokenizer, save_model
+from raylign.runtime import derive_seed
+from raylign.tracking import METRICS_FILE, JsonTracker, read_lines
 from raylign.training.checkpoints import CheckpointStore
-from raylign.training.engine import Engine, build_engine
-from raylign.training.objectives import sum_cross_entropy
-from raylign.training.rows import MicroBatch, Rows, assemble, deal
+from raylign.training.engine import DivergenceError, Engine, build_engine
+from raylign.training.objectives import Objective
+from raylign.training.rows import Rows, Whole, deal
 from raylign.training.sampling import Sampler
 from raylign.training.schedule import learning_rate
+from raylign.training.sums import LossFunction, Sums, add
 
 LOG_EVERY = 10
 SAMPLES_FILE = "samples.jsonl"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = ".checkpoints"
+SCRATCH = ".scratch"
 MODEL = "model"
+DIVERGED = "diverged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +50,16 @@ class SupervisedTask:
     """The stage, as in messages to the user."""
     output: Path
     """Directory of the stage in the making, seen by every rank."""
-    start: Path | PreTrainedConfig
-    """Directory with weights to begin with, or a configuration to initialise."""
+    model: ModelPlan
     tokenizer: Path
-    open_rows: Callable[[str], Rows]
-    """Opens the split `train` or `validation`."""
-    weight_seed: int
-    order_seed: int
+    objective: Objective
+    seed: int
+    """Of the order of rows, and of what is random inside a step."""
     steps: int
     batch_size: int
     """Rows a step, over all ranks."""
     micro_batch_size: int
     """Rows a rank computes at once."""
-    isolate: bool
-    """No attention across the documents of a row."""
     checkpoint_every: int
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -71,38 +74,38 @@ class SupervisedLoop:
     """One rank of a supervised run. `torch.distributed` is initialised when there are several."""
 
     def __init__(self, task: SupervisedTask) -> None:
-        self._task = task
-        self._train, self._validation = task.open_rows("train"), task.open_rows("validation")
+        self._task, self._objective = task, task.objective
+        self._train: Rows[Any] = task.objective.open("train")
+        self._validation: Rows[Any] = task.objective.open("validation")
         self._tokenizer = load_tokenizer(task.tokenizer)
-        self._engine: Engine = build_engine(task.engine, _load(task), task.optimizer)
+        self._engine: Engine = build_engine(task.engine, task.model.build(), task.optimizer)
         self._store = CheckpointStore(
             task.output / CHECKPOINTS, self._engine.rank, partial(_wait, self._engine)
         )
-        self._partitioned = task.engine.backend == "deepspeed" and task.engine.zero_stage == 3
         self._tokens, self._seconds = 0, 0.0
-        self._window = _Window(self._engine.device)
+        self._window = _Window()
 
     def run(self) -> dict[str, float]:
         """Train to the last step, going on from the newest checkpoint, and export the model.
 
         Returns tokens and seconds of training, and the number of parameters. Raises `UserError`
-        when the loss is no longer a number.
+        when loss or gradient are no longer numbers.
         """
-        task, first = self._task, self._resume()
+        task = self._task
+        self._objective.begin(self._engine, task.output / SCRATCH)
+        first = self._resume()
         tracker = JsonTracker(task.output) if self._engine.rank == 0 else None
         if tracker is not None:
             tracker.event(what="started", step=first, ranks=self._engine.world_size)
-            if self._partitioned:
-                tracker.event(what="no samples: one rank alone has no whole weights under ZeRO-3")
         for step in range(first, task.steps):
             rate = self._rate(step)
             norm = self._take_step(step, rate)
             done = step + 1
             check = done % task.checkpoint_every == 0 or done == task.steps
             if check or done == 1 or done % LOG_EVERY == 0:
-                values = self._measure(done) | {"lr": rate, "grad_norm": norm}
+                values = self._measure() | {"lr": rate, "grad_norm": norm}
                 if check and self._validation.count:
-                    values["validation_loss"] = self._validate().mean
+                    values |= self._validate()
                 if tracker is not None:
                     tracker.log(done, values)
             if check:
@@ -117,66 +120,102 @@ class SupervisedLoop:
     def _take_step(self, step: int, rate: float) -> float:
         """One update on this rank's share of the step's rows; the gradient norm."""
         started = time.perf_counter()
-        task, engine = self._task, self._engine
-        rows = rows_for_step(self._train.count, task.order_seed, step, task.batch_size)
-        # Every rank reads which tokens are trained in the whole batch: no need to communicate.
-        tokens, segments, trained = self._train.read(rows)
-        denominator = max(1, int(trained.sum()))
-        for part in deal(len(rows), engine.rank, engine.world_size, task.micro_batch_size):
-            batch = assemble(tokens[part], segments[part], trained[part], task.isolate)
-            loss = self._sum_loss(batch)
-            self._window.losses += loss.detach()
-            engine.backward(loss / denominator)
-        norm = engine.step(rate)
-        self._window.add(denominator, int((segments > 0).sum()), time.perf_counter() - started)
+        task, engine, objective = self._task, self._engine, self._objective
+        # Dropout and noise: nothing random is carried from one step to the next.
+        torch.manual_seed(derive_seed(task.seed, "step", str(step), str(engine.data_rank)))
+        rows = rows_for_step(self._train.count, task.seed, step, task.batch_size)
+        # Every rank reads what the denominators of the whole batch need: nothing to communicate.
+        whole: Whole = self._train.read(rows)
+        totals = objective.count(whole)
+        batches = list(self._cut(whole, len(rows), step))
+        if objective.surveyed:
+            totals = totals | self._means(engine.measure(batches, objective.survey))
+        sums = engine.accumulate(batches, partial(objective.loss, totals=totals))
+        try:
+            norm = engine.step(rate)
+        except DivergenceError as error:
+            raise self._refuse_to_diverge(step, rows, whole, error) from None
+        self._window.add(sums, whole.real_tokens, time.perf_counter() - started)
         return norm
 
-    def _sum_loss(self, batch: MicroBatch) -> torch.Tensor:
-        batch = batch.to(self._engine.device)
-        return sum_cross_entropy(
-            self._engine.module,
-            batch.tokens,
-            batch.trained,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-        )
+    def _cut(self, whole: Any, rows: int, step: int) -> Iterator[Any]:
+        """This rank's micro-batches of a step's rows."""
+        task, engine = self._task, self._engine
+        for part in deal(rows, engine.data_rank, engine.data_ranks, task.micro_batch_size):
+            yield self._objective.assemble(whole, part, step)
 
-    def _measure(self, done: int) -> dict[str, float]:
-        """Loss per trained token and speed since the last call; collective."""
-        window = self._window
-        loss = Metric(self._sum_over_ranks(window.losses), window.trained).mean
-        if not math.isfinite(loss):
-            raise UserError(
-                f"{self._task.name}: the loss is {loss} at step {done}; lower "
-                f"{self._task.name}.optimizer.lr or raise {self._task.name}.schedule.warmup_steps"
-            )
+    def _measure(self) -> dict[str, float]:
+        """Means since the last call, and the speed; collective."""
+        window, self._window = self._window, _Window()
         self._tokens += window.real
         self._seconds += window.seconds
-        values = {"loss": loss, "tokens_per_second": window.real / window.seconds}
-        self._window = _Window(self._engine.device)
-        return values
+        return self._means(window.sums) | {"tokens_per_second": window.real / window.seconds}
 
-    @torch.no_grad()
-    def _validate(self) -> Metric:
-        """Loss over the whole validation split; collective."""
+    def _validate(self) -> dict[str, float]:
+        """Means over the whole validation split; collective."""
+        engine, objective = self._engine, self._objective
+        surveys: dict[str, float] = {}
+        if objective.surveyed:
+            found = engine.measure((b for b, _ in self._read_validation()), objective.survey)
+            surveys = self._means(found)
+        sums: Sums = {}
+        for batch, totals in self._read_validation():
+            function = partial(objective.loss, totals=totals | surveys)
+            add(sums, engine.measure([batch], partial(_measure_only, function)))
+        return {f"validation_{name}": value for name, value in self._means(sums).items()}
+
+    def _read_validation(self) -> Iterator[tuple[Any, dict[str, float]]]:
+        """This rank's micro-batches of the validation split, one at a time, with their totals."""
         task, engine, rows = self._task, self._engine, self._validation
-        engine.module.eval()
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        trained_tokens = 0
-        for part in deal(rows.count, engine.rank, engine.world_size, task.micro_batch_size):
-            tokens, segments, trained = rows.read(range(rows.count)[part])
-            total += self._sum_loss(assemble(tokens, segments, trained, task.isolate))
-            trained_tokens += int(trained.sum())
-        engine.module.train()
-        counts = torch.tensor(trained_tokens, dtype=torch.float64, device=engine.device)
-        return Metric(self._sum_over_ranks(total), self._sum_over_ranks(counts))
+        for part in deal(rows.count, engine.data_rank, engine.data_ranks, task.micro_batch_size):
+            whole = rows.read(range(rows.count)[part])
+            everything = slice(0, part.stop - part.start)
+            yield self._objective.assemble(whole, everything, 0), self._objective.count(whole)
+
+    def _means(self, sums: Sums) -> dict[str, float]:
+        """Total / count over all ranks, by name; NaN where nothing was counted."""
+        if not sums:
+            return {}
+        table = self._engine.sum(torch.stack([sums[name] for name in sorted(sums)])).tolist()
+        return {
+            name: total / count if count else float("nan")
+            for name, (total, count) in zip(sorted(sums), table, strict=True)
+        }
+
+    def _refuse_to_diverge(
+        self, step: int, rows: np.ndarray, whole: Any, error: DivergenceError
+    ) -> UserError:
+        """The batch, saved for inspection beside the stage; what to tell the user."""
+        task = self._task
+        kept = task.output.parent / DIVERGED / f"{task.name}-step-{step + 1:08d}"
+        if self._engine.rank == 0:
+            kept.mkdir(parents=True, exist_ok=True)
+            arrays = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+            np.savez(kept / "rows.npz", index=rows, **arrays)
+            with (kept / "rows.jsonl").open("w", encoding="utf-8") as stream:
+                for index, tokens in zip(rows.tolist(), whole.tokens, strict=True):
+                    line = {"row": index, "text": self._tokenizer.decode(tokens.reshape(-1))}
+                    stream.write(json.dumps(line) + "\n")
+        return UserError(
+            f"{task.name}: {error} at step {step + 1}, and no rank has taken it; lower "
+            f"{task.name}.optimizer.lr or raise {task.name}.schedule.warmup_steps; the step's rows "
+            f"are in {kept}"
+        )
 
     def _sample(self, done: int) -> None:
-        """Continue the prompts greedily, on the first rank."""
+        """Continue the prompts greedily, on the first rank; collective."""
         task, engine = self._task, self._engine
-        if engine.rank != 0 or not task.prompts or self._partitioned:
+        if not task.prompts:
             return
-        sampler = Sampler(engine.lm, self._tokenizer)
+        lm = engine.lm
+        if not engine.whole:
+            weights = engine.weights()
+            if engine.rank == 0:
+                lm = type(lm)._from_config(lm.config)
+                lm.load_state_dict(weights, strict=False)
+        if engine.rank != 0:
+            return
+        sampler = Sampler(lm, self._tokenizer)
         with (task.output / SAMPLES_FILE).open("a", encoding="utf-8") as stream:
             for shown, ids in task.prompts:
                 text = sampler.complete(ids, task.sample_tokens)
@@ -208,31 +247,26 @@ class SupervisedLoop:
         task = self._task
         return learning_rate(step, task.steps, task.optimizer.lr, **task.schedule.model_dump())
 
-    def _sum_over_ranks(self, value: torch.Tensor) -> float:
-        if self._engine.world_size > 1:
-            dist.all_reduce(value)
-        return float(value)
-
 
 class _Window:
     """What happened since the last measurement."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.losses = torch.zeros((), dtype=torch.float64, device=device)
-        """Summed over this rank's trained tokens, in nats; read only when measured."""
-        self.trained, self.real, self.seconds = 0, 0, 0.0
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        """This rank's; read only when measured."""
+        self.real, self.seconds = 0, 0.0
 
-    def add(self, trained: int, real: int, seconds: float) -> None:
-        """A step's trained and real (not padding) tokens over all ranks, and its time."""
-        self.trained += trained
+    def add(self, sums: Sums, real: int, seconds: float) -> None:
+        """A step's sums, its real (not padding) tokens over all ranks, and its time."""
+        add(self.sums, sums)
         self.real += real
         self.seconds += seconds
 
 
-def _load(task: SupervisedTask) -> PreTrainedModel:
-    if isinstance(task.start, PreTrainedConfig):
-        return initialise(task.start, task.weight_seed)
-    return load_model(task.start)
+def _measure_only(
+    function: LossFunction, lm: PreTrainedModel, hidden: torch.Tensor, batch: Any
+) -> Sums:
+    return function(lm, hidden, batch)[1]
 
 
 def _wait(engine: Engine) -> None:

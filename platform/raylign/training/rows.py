@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,33 @@ from raylign.data.chat import Conversation
 from raylign.data.packing import PackedShards, attention_mask, pack_best_fit, positions
 
 
+class Inputs(Protocol):
+    """What every micro-batch has, whatever is learned from it."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 [B, T]"""
+        ...
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """bool [B, 1, T, T], True where a query (third axis) may attend to a key; None for plain
+        causal attention."""
+        ...
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """int64 [B, T], or None for 0..T-1."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same rows on `device`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """Rows that a rank computes at once."""
+    """Rows of text that a rank computes at once."""
 
     tokens: torch.Tensor
     """int64 [B, T]"""
@@ -38,16 +62,43 @@ class MicroBatch:
         )
 
 
-class Rows(Protocol):
-    """Packed rows on disk: opening costs nothing, reading costs the rows."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TextRows:
+    """Rows as they are read, before they are cut into micro-batches."""
+
+    tokens: np.ndarray
+    """int64 [n, T]"""
+    segments: np.ndarray
+    """int64 [n, T]: the document of each token, counted from 1; 0 is padding."""
+    trained: np.ndarray
+    """bool [n, T]: True where token t is a target."""
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.segments > 0).sum())
+
+
+class Whole(Protocol):
+    """All rows of a step, as arrays whose first axis is the row."""
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are not padding."""
+        ...
+
+
+W = TypeVar("W", covariant=True)
+
+
+class Rows(Protocol[W]):
+    """Rows on disk: opening costs nothing, reading costs the rows."""
 
     count: int
     """Rows there are."""
 
-    def read(
-        self, indices: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens int64 [n, T], segments int64 [n, T] and trained bool [n, T] of the given rows."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> W:
+        """The given rows, in the given order."""
         ...
 
 
@@ -60,15 +111,13 @@ class CorpusRows:
         self._shards, self._isolate = PackedShards(directory, split), isolate
         self.count = self._shards.rows
 
-    def read(
-        self, indices: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> TextRows:
         tokens, segments = self._shards.read(indices)
         trained = segments > 0
         trained[:, 0] = False
         if self._isolate:
             trained[:, 1:] &= segments[:, 1:] == segments[:, :-1]
-        return tokens, segments, trained
+        return TextRows(tokens, segments, trained)
 
 
 class DemonstrationRows:
@@ -81,12 +130,10 @@ class DemonstrationRows:
         ]
         self.count = len(self._columns[0])
 
-    def read(
-        self, indices: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> TextRows:
         rows = np.asarray(indices, dtype=np.int64)  # of no rows it would be an array of floats
         tokens, segments, trained = (column[rows] for column in self._columns)
-        return tokens.astype(np.int64), segments.astype(np.int64), trained
+        return TextRows(tokens.astype(np.int64), segments.astype(np.int64), trained)
 
 
 def write_demonstrations(
@@ -112,20 +159,28 @@ def write_demonstrations(
     return len(groups)
 
 
-def assemble(
-    tokens: np.ndarray, segments: np.ndarray, trained: np.ndarray, isolate: bool
-) -> MicroBatch:
-    """A micro-batch of rows [B, T]. No rows give one that trains nothing, so that every rank has
-    something to compute."""
-    if not len(tokens):
+def assemble(rows: TextRows, part: slice, isolate: bool) -> MicroBatch:
+    """A micro-batch of some of `rows`, as wide as the longest of them.
+
+    No rows give one that trains nothing, so that every rank has something to compute.
+    """
+    segments = rows.segments[part]
+    if not len(segments):
         nothing = torch.zeros((1, 2), dtype=torch.int64)
         return MicroBatch(nothing, nothing.bool(), None, None)
+    width = max(2, int(np.flatnonzero(segments.any(axis=0))[-1]) + 1) if segments.any() else 2
+    segments = segments[:, :width]
     mask = places = None
     # Rows of one document and padding on their right need no mask: causal attention isolates them.
     if isolate and (segments > 1).any():
         documents = torch.from_numpy(segments)
         mask, places = attention_mask(documents), positions(documents)
-    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(trained), mask, places)
+    return MicroBatch(
+        torch.from_numpy(rows.tokens[part, :width]),
+        torch.from_numpy(rows.trained[part, :width]),
+        mask,
+        places,
+    )
 
 
 def deal(rows: int, rank: int, ranks: int, micro_batch: int) -> list[slice]:

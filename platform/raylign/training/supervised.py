@@ -22,24 +22,25 @@ from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
 from raylign.runtime import disconnect
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, read_lines
-from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
+from raylign.training.loop import SupervisedLoop, SupervisedTask
 
 POLL_S = 0.5
 
 # What a rank says when it is another one that failed.
 _ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
-_REFUSAL = "refusal.json"
+_REFUSAL = ".refusal.json"
 _RAY_FILES = ".ray"
 
 
 def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, Any]:
     """Run `task` on Ray workers and leave `model/` and `metrics.jsonl` in its output directory.
 
-    Returns the summary of the run. Checkpoints are gone when it ends; the exported model stays.
+    Goes on from the newest checkpoint there. Returns the summary of the run.
     Raises `UserError` for what the user can put right, a group that keeps dying included.
     """
     _require_room(task.name, workers)
+    (task.output / _REFUSAL).unlink(missing_ok=True)
     outcome = _Outcome()
     thread = threading.Thread(target=_fit, args=(task, workers, outcome), daemon=True)
     # A thread of its own: Ray Train would take over Ctrl-C in the main one.
@@ -51,13 +52,10 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     except KeyboardInterrupt:
         disconnect()  # else ranks would go on writing where the draft is being removed
         raise
-    try:
-        _raise_failure(task, workers, outcome.error)
-        assert outcome.result is not None
-        return _summarise(task, outcome.result)
-    finally:
-        for name in (CHECKPOINTS, _RAY_FILES):
-            shutil.rmtree(task.output / name, ignore_errors=True)
+    shutil.rmtree(task.output / _RAY_FILES, ignore_errors=True)
+    _raise_failure(task, workers, outcome.error)
+    assert outcome.result is not None
+    return _summarise(task, outcome.result)
 
 
 def train_rank(config: Mapping[str, Any]) -> dict[str, float] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,9 @@ from transformers import PreTrainedModel
 
 from raylign.config import EngineConfig, OptimizerConfig
 from raylign.models.loading import DTYPES
-from raylign.training.engine import build_optimizer
+from raylign.training import passes
+from raylign.training.engine import build_optimizer, require_finite
+from raylign.training.sums import LossFunction, Measurement, Sums
 
 STATE_FILE = "state.pt"
 
@@ -24,8 +28,9 @@ class TorchEngine:
     ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.data_rank, self.data_ranks = self.rank, self.world_size
         self.module: nn.Module = model
-        self.lm = model
+        self.lm, self.whole = model, True
         self.device = next(model.parameters()).device
         self._clip = optimizer.clip
         masters = [p for p in model.parameters() if p.requires_grad]
@@ -50,12 +55,24 @@ class TorchEngine:
         if self.world_size > 1:
             self._sum_over_ranks()
         norm = nn.utils.clip_grad_norm_(self._masters, self._clip)
+        require_finite(float(norm))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._refresh_copies()
         return float(norm)
+
+    def accumulate(self, batches: Sequence[Any], function: LossFunction) -> Sums:
+        return passes.accumulate(self, batches, function)
+
+    def measure(self, batches: Iterable[Any], function: Measurement) -> Sums:
+        return passes.measure(self, batches, function)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.lm.named_parameters()}
