@@ -1,22 +1,40 @@
-"""Shapes become plain Llama configurations."""
+"""Shapes and presets become plain Hugging Face configurations."""
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from raylign.config import ModelConfig
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
+
+from raylign.config import ModelConfig, UserError
+from raylign.config.presets import PRESETS
+from raylign.models.catalog import read_choice
 from raylign.models.loading import initialise
 from raylign.models.presets import build_config, count_parameters
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_counted_without_building_the_model(tied: bool) -> None:
-    shape = ModelConfig(
-        hidden_size=48, layers=3, heads=6, kv_heads=2, ffn_size=100, tie_embeddings=tied
-    )
-    config = build_config(shape, 77, pad_id=0, eos_id=1)
-    built = sum(p.numel() for p in initialise(config, 0).parameters())
-    assert count_parameters(config) == built
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_counted_without_building_the_model(name: str) -> None:
+    shape = ModelConfig(preset=name)
+    config = build_config(shape, 5003, pad_id=0, eos_id=1)
+    assert type(config) is (GPTJConfig if shape.family == "gptj" else LlamaConfig)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    assert count_parameters(config) == sum(p.numel() for p in built.parameters())
+    assert built.config.architectures == [type(built).__name__]
+
+
+def test_presets_have_the_sizes_they_are_known_by() -> None:
+    def count(name: str, vocabulary: int) -> float:
+        config = build_config(ModelConfig(preset=name), vocabulary, pad_id=0, eos_id=1)
+        return count_parameters(config)
+
+    assert count("gpt2-125m", 50_304) == pytest.approx(125e6, rel=0.01)
+    assert count("shakespeare-char", 65) == pytest.approx(10.65e6, rel=0.01)  # nanoGPT's
+    assert count("llama-3.1-8b", 128_256) == 8_030_261_248  # Meta's
+    assert count("gptj-6b", 50_257) == 6_050_882_784  # EleutherAI's
 
 
 def test_the_shape_is_the_one_asked_for() -> None:
@@ -34,3 +52,78 @@ def test_the_shape_is_the_one_asked_for() -> None:
     assert model.model.rotary_emb.inv_freq[1] == pytest.approx(500.0 ** (-2 / 16))
     assert model.config.max_position_embeddings == 33
     assert (model.config.pad_token_id, model.config.eos_token_id) == (2, 3)
+
+
+def test_keys_beside_a_preset_change_it() -> None:
+    shape = ModelConfig.model_validate(
+        {"preset": "llama-3.1-8b", "layers": 1, "hidden_size": 256, "ffn_size": 64, "vocab_size": 9}
+    )
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.context) == (1, 32, 8, 131_072)
+    model = initialise(build_config(shape, 9, pad_id=0, eos_id=1), 0)
+    # Of head width 8 and theta 5e5 the frequencies are 1, 5e5^-1/4, ...; a wave of which 8192
+    # tokens hold more than 4 turns stays, and one of which they hold less than 1 is 8 times longer.
+    found = model.model.rotary_emb.inv_freq
+    plain = [500_000.0 ** (-2 * i / 8) for i in range(4)]
+    assert 8192 * plain[2] / (2 * math.pi) < 4 < 8192 * plain[1] / (2 * math.pi)
+    assert found[:2].tolist() == pytest.approx(plain[:2])
+    assert found[3] == pytest.approx(plain[3] / 8)
+
+
+def test_gptj_rotates_part_of_a_head_and_computes() -> None:
+    shape = ModelConfig(preset="tiny-gptj")
+    model = initialise(build_config(shape, 50, pad_id=0, eos_id=1), 0)
+    assert model.config.rotary_dim == 8
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    later = torch.tensor([[5, 6, 7, 9]])
+    first, second = (model(input_ids=t).logits for t in (tokens, later))
+    assert first.shape == (1, 4, 50)
+    assert torch.equal(first[:, :3], second[:, :3]) and not torch.equal(first, second)
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_the_shape_fixes_it() -> None:
+    def build(**keys: object) -> int:
+        shape = ModelConfig.model_validate(keys)
+        return build_config(shape, 1000, pad_id=0, eos_id=1).vocab_size
+
+    assert build(preset="gpt2-125m") == 1000
+    assert build(preset="gpt2-125m", vocab_size=1024) == 1024  # rows nobody uses
+    assert build(preset="gptj-6b") == 50_400
+    with pytest.raises(UserError, match=r"tokenizer has 1,000 entries and preset tiny has vocab_s"):
+        build(preset="tiny", vocab_size=999)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"preset": "gpt2-124m"}, "no preset of this name; did you mean gpt2-125m"),
+        ({"preset": "xyz"}, "no preset of this name; there are tiny, "),
+        ({"heads": 3}, "heads=3 must divide hidden_size=128"),
+        ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
+        ({"hidden_size": 12}, "heads are 3 wide; RoPE rotates pairs"),
+        ({"preset": "gpt2-125m", "heads": 7}, "heads=7 must divide hidden_size=768"),
+        ({"preset": "tiny", "rotary_dim": 8}, "rotary_dim has no effect with family=llama"),
+        ({"preset": "tiny-gptj", "kv_heads": 2}, "kv_heads has no effect with family=gptj"),
+        ({"preset": "tiny-gptj", "rotary_dim": 18}, "rotary_dim=18 must be even and at most"),
+        ({"preset": "tiny-gptj", "tie_embeddings": True}, "the head of a gptj has a bias"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.model_validate(keys)
+
+
+def test_a_string_is_a_preset_a_directory_or_a_hub_name(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "mine").mkdir()
+    shape = ModelConfig(layers=3)
+    assert read_choice(shape, "k") is shape
+    assert read_choice("tiny", "k") == ModelConfig(preset="tiny")
+    for name in ("./tiny", "mine", "org/name", "org/name@v1.0", "Qwen/Qwen2.5-0.5B"):
+        assert read_choice(name, "k") == name
+    with pytest.raises(UserError, match=r"^k=gpt2-124m: neither a preset, .*mean gpt2-125m"):
+        read_choice("gpt2-124m", "k")
+    with pytest.raises(UserError, match=r"^k=runs/a/pretrain: no such directory"):
+        read_choice("runs/a/pretrain", "k")

@@ -29,9 +29,7 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A freshly initialised float32 model, the same to the bit for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
@@ -49,7 +47,6 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
             local_files_only=True,
             output_loading_info=True,
         )

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from raylign.config import ModelConfig
+from raylign.config import ModelConfig, UserError
+from raylign.models.budget import count
+from raylign.models.catalog import write_fields
 
 
-def build_config(shape: ModelConfig, vocab_size: int, *, pad_id: int, eos_id: int) -> LlamaConfig:
-    """A Llama of this shape: RoPE, RMSNorm, SwiGLU and grouped-query attention, no biases.
+def build_config(
+    shape: ModelConfig, vocab_size: int, *, pad_id: int, eos_id: int
+) -> PreTrainedConfig:
+    """A decoder of this shape for a tokenizer of `vocab_size` entries.
 
-    Nothing but the standard class is needed to load it again.
+    Nothing but the family's standard class is needed to load it again. Raises `UserError` when the
+    shape fixes a vocabulary that is too small.
     """
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.context,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=shape.tie_embeddings,
+    if shape.vocab_size is not None and shape.vocab_size < vocab_size:
+        by = f"preset {shape.preset}" if shape.preset else "the shape"
+        raise UserError(
+            f"the tokenizer has {vocab_size:,} entries and {by} has vocab_size="
+            f"{shape.vocab_size:,}; choose the model's own tokenizer, or give another vocab_size"
+        )
+    fields = write_fields(shape, vocab_size)
+    return AutoConfig.for_model(
+        fields.pop("model_type"),
+        **fields,
         pad_token_id=pad_id,
         eos_token_id=eos_id,
         bos_token_id=None,
-        architectures=["LlamaForCausalLM"],
     )
 
 
-def count_parameters(config: LlamaConfig) -> int:
+def count_parameters(config: PreTrainedConfig) -> int:
     """Trainable numbers of a model of this configuration; tied embeddings count once."""
-    width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-    attention = 2 * width * width + 2 * width * head * config.num_key_value_heads
-    block = attention + 3 * width * config.intermediate_size + 2 * width
-    embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    return config.num_hidden_layers * block + embeddings + width
+    return count(config.to_dict()).total
