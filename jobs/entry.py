@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from raylign.config import Recipe, Section, UserError, load_recipe
+from raylign.models.hub import identify_model, locate_model
 from raylign.run import Draft, Run, Stage, content_hash, fingerprint
 from raylign.runtime import configure, connect, disconnect, in_submitted_job, is_full
 from raylign.tracking import ProgressBoard
@@ -120,6 +121,17 @@ def locate(run: Run, given: Path | None, stage: str, job: str, key: str) -> tupl
     if not given.exists():
         raise UserError(f"{key}={given}: no such file or directory")
     return given.absolute(), content_hash(given)
+
+
+def locate_start(run: Run, given: str | None, stage: str, job: str, key: str) -> tuple[Path, str]:
+    """A model's directory and content hash: the directory or hub name that the user gave, else the
+    run's own stage."""
+    if given is None:
+        path, content = locate(run, None, stage, job, key)
+    else:
+        path = locate_model(given, key)
+        content = identify_model(path)
+    return model_directory(path), content
 
 
 def model_directory(path: Path) -> Path:

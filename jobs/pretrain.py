@@ -11,10 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from jobs.entry import locate, main, model_directory, perform, section
+from jobs.entry import locate, locate_start, main, perform, section
 from raylign.config import ModelConfig, PretrainConfig, Recipe, TrainingConfig, UserError
 from raylign.data.packing import PackedShards
 from raylign.models.assembly import Head, ModelPlan
+from raylign.models.catalog import read_choice
 from raylign.models.loading import load_config, load_tokenizer, pad_id
 from raylign.models.presets import build_config
 from raylign.run import Draft, Run
@@ -33,12 +34,14 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     tokenizer, parents["tokenizer"] = locate(
         run, config.tokenizer, "tokenizer", "tokenizer", "pretrain.tokenizer"
     )
-    start: Path | None = None
-    if isinstance(config.model, str):
-        start, parents["model"] = locate(
-            run, Path(config.model), "pretrain", "pretrain", "pretrain.model"
+    start: Path | ModelConfig
+    choice = read_choice(config.model, "pretrain.model")
+    if isinstance(choice, str):
+        start, parents["model"] = locate_start(
+            run, choice, "pretrain", "pretrain", "pretrain.model"
         )
-        start = model_directory(start)
+    else:
+        start = choice
 
     def build(draft: Draft) -> None:
         rows = PackedShards(shards)
@@ -47,11 +50,11 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
                 f"shards {shards} were made with another tokenizer than {tokenizer}; name theirs "
                 "in pretrain.tokenizer, or prepare the shards again"
             )
-        model = choose_model(config, start, tokenizer, rows)
+        model = choose_model(start, tokenizer, rows)
         task = plan(
             recipe.seed,
             config,
-            model if start is None else start,
+            start if isinstance(start, Path) else model,
             shards,
             rows.rows,
             tokenizer,
@@ -66,19 +69,17 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
 
 
 def choose_model(
-    config: PretrainConfig, start: Path | None, tokenizer: Path, rows: PackedShards
+    start: ModelConfig | Path, tokenizer: Path, rows: PackedShards
 ) -> PreTrainedConfig:
     """Configuration of the model to train; raises `UserError` when it does not fit the shards."""
-    if isinstance(config.model, ModelConfig):
+    if isinstance(start, ModelConfig):
         loaded = load_tokenizer(tokenizer)
-        model: PreTrainedConfig = build_config(
-            config.model, len(loaded), pad_id=pad_id(loaded), eos_id=loaded.eos_token_id
-        )
-        context, vocabulary = "pretrain.model.context", len(loaded)
+        model = build_config(start, len(loaded), pad_id=pad_id(loaded), eos_id=loaded.eos_token_id)
+        context = "pretrain.model.context"
     else:
-        assert start is not None
         model = load_config(start)
-        context, vocabulary = f"the context of {start}", model.vocab_size
+        context = f"the context of {start}"
+    vocabulary = model.vocab_size
     if rows.sequence_length > model.max_position_embeddings:
         raise UserError(
             f"{context}={model.max_position_embeddings} is shorter than the shards' rows of "

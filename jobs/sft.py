@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jobs.entry import locate, main, model_directory, perform, section
+from jobs.entry import locate, locate_start, main, perform, section
 from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import Conversation, read_demonstrations
@@ -33,14 +33,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """The `sft` stage."""
     config = section(recipe, "sft", SftConfig)
     parents = {}
-    model, parents["model"] = locate(
-        run,
-        None if config.model is None else Path(config.model),
-        "pretrain",
-        "pretrain",
-        "sft.model",
-    )
-    model = model_directory(model)
+    model, parents["model"] = locate_start(run, config.model, "pretrain", "pretrain", "sft.model")
     data, parents["data"] = locate(run, config.data, "corpus", "prepare", "sft.data")
     data = data / "exercises.jsonl" if data.is_dir() else data
 

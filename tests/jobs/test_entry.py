@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs.entry import STAGES, _difference, locate, open_run, perform, section
+from jobs.entry import STAGES, _difference, locate, locate_start, open_run, perform, section
 from raylign.config import AlignConfig, Recipe, SftConfig, UserError
 from raylign.run import Draft, Run, content_hash
 from raylign.tracking import ProgressBoard
@@ -238,6 +238,19 @@ def test_an_input_is_the_users_path_or_the_runs_stage(tmp_path: Path) -> None:
     assert locate(run, path, "corpus", "prepare", "align.prompts") == (path, content)
     with pytest.raises(UserError, match=r"align.prompts=/nowhere: no such file or directory"):
         locate(run, Path("/nowhere"), "corpus", "prepare", "align.prompts")
+
+
+def test_a_model_is_the_users_or_the_runs_own(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.write("pretrain", {}, {}) as draft:
+        (draft.path / "model").mkdir()
+        (draft.path / "model" / "config.json").write_text("{}")
+    stage = run.require("pretrain", "pretrain")
+    found = locate_start(run, None, "pretrain", "pretrain", "sft.model")
+    assert found == (stage.path / "model", stage.manifest.content)
+    assert locate_start(run, str(stage.path), "pretrain", "pretrain", "sft.model") == found
+    with pytest.raises(UserError, match=r"^sft.model=nowhere: no such file or directory"):
+        locate_start(run, "nowhere", "pretrain", "pretrain", "sft.model")
 
 
 def test_a_run_that_cannot_be_changed_is_named(tmp_path: Path) -> None:

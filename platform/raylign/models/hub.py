@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raylign.config import UserError
+from raylign.run import content_hash, hash_json
 
 # org/name, and after an @ a branch, tag or commit.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -40,6 +41,14 @@ def locate_model(name: str | Path, key: str = "model") -> Path:
         )
 
     return _locate(name, key, fetch)
+
+
+def identify_model(directory: Path) -> str:
+    """Content hash of a model's directory; a snapshot of the hub is known by its commit."""
+    cache = directory.parents[1:2]
+    if directory.parent.name == "snapshots" and cache and cache[0].name.startswith("models--"):
+        return hash_json([cache[0].name, directory.name])
+    return content_hash(directory)
 
 
 def locate_config(name: str | Path, key: str = "model") -> Path:
