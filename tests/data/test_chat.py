@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config import UserError
-from raylign.data.chat import Conversation, encode_conversations, find_fault, read_demonstrations
+from raylign.data.chat import Conversation, encode_dialogues, find_fault, read_demonstrations
+from raylign.data.instructions import Dialogue
 from raylign.models.loading import load_tokenizer
 from raylign.tokenization.train import train_bpe
 
@@ -25,6 +26,13 @@ def bytewise() -> PreTrainedTokenizerBase:
     return train_bpe(["one two three four five " * 3] * 9, 274, ("<work>", "</work>"))
 
 
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+}
+
+
 def say(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """User and assistant in turn."""
     turns = [
@@ -34,10 +42,21 @@ def say(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def show_trained(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *train_on: str
+) -> Conversation:
+    """The only example of a conversation."""
+    [found] = encode_dialogues([Dialogue(messages)], tokenizer, train_on or ("assistant",))
+    assert not isinstance(found, str), found
+    [example] = found
+    return example
+
+
+def show_trained(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *train_on: str
+) -> str:
     """The conversation's tokens, those that are trained in brackets."""
-    [found] = encode_conversations([messages], tokenizer)
-    assert isinstance(found, Conversation), found
+    found = encode(tokenizer, messages, *train_on)
     names = tokenizer.convert_ids_to_tokens(found.token_ids.tolist())
     return " ".join(
         f"[{n}]" if trained else n for n, trained in zip(names, found.trained, strict=True)
@@ -61,8 +80,7 @@ def test_the_project_template_marks_answers_with_tags_and_unicode(
     bytewise: PreTrainedTokenizerBase,
 ) -> None:
     messages = say("2 plus 2?", "<work>été 四</work> 4", "ok?", " yes ", system="be kind")
-    [found] = encode_conversations([messages], bytewise)
-    assert isinstance(found, Conversation)
+    found = encode(bytewise, messages)
     assert bytewise.decode(found.token_ids) == (
         "be kind\n<user>2 plus 2?<assistant><work>été 四</work> 4<eos>"
         "<user>ok?<assistant> yes <eos>"
@@ -76,8 +94,7 @@ def test_an_answer_follows_exactly_the_prompt_of_inference(
     bytewise: PreTrainedTokenizerBase,
 ) -> None:
     messages = say("1+1", "two", "and 2", "four")
-    [found] = encode_conversations([messages], bytewise)
-    assert isinstance(found, Conversation)
+    found = encode(bytewise, messages)
     for place in (1, 3):
         prompt = bytewise.apply_chat_template(
             messages[:place], add_generation_prompt=True, return_dict=True
@@ -90,8 +107,9 @@ def test_an_answer_follows_exactly_the_prompt_of_inference(
     ("template", "reason"),
     [
         # A generation prompt that says more than the template's own turn does.
-        ("{% if add_generation_prompt %}<assistant>w9{% endif %}", "start where its prompts end"),
+        ("{% if add_generation_prompt %}<assistant>w9{% endif %}", "prefixes of its conversations"),
         ("{% if add_generation_prompt %}<user>{% endif %}", "prefixes of its conversations"),
+        ("", "do not start where its prompts end"),
     ],
 )
 def test_a_template_that_contradicts_itself_is_noticed(
@@ -102,7 +120,7 @@ def test_a_template_that_contradicts_itself_is_noticed(
     prompt = "{% if add_generation_prompt %}<assistant>{% endif %}"
     assert prompt in whole
     tokenizer.chat_template = whole.replace(prompt, template)
-    [found] = encode_conversations([say("w1", "w2")], tokenizer)
+    [found] = encode_dialogues([Dialogue(say("w1", "w2"))], tokenizer)
     assert isinstance(found, str) and reason in found
 
 
@@ -117,12 +135,17 @@ def test_a_template_that_contradicts_itself_is_noticed(
         ([{"role": "user", "content": ["a"]}], "a message without text content"),
         (say("w1", "  \n"), "a message without text content"),
         (say("w1", "w2<eos>w3"), "a message that spells the special token <eos>"),
-        ([{"role": "tool", "content": "x"}], "unknown role 'tool'"),
+        ([{"role": "critic", "content": "x"}], "unknown role 'critic'"),
         ([{"content": "x"}], "unknown role None"),
         (say("w1"), "no assistant turn"),
-        (say("w1", "w2")[::-1], "roles that do not alternate, user first"),
-        ([*say("w1", "w2"), *say("w1", "w2")[1:]], "roles that do not alternate, user first"),
-        ([*say("w1", "w2"), {"role": "system", "content": "x"}], "roles that do not alternate"),
+        (say("w1", "w2")[::-1], "an assistant that nobody asked"),
+        (say("w1", "w2", system="w3")[::2], "an assistant that nobody asked"),
+        ([*say("w1", "w2"), {"role": "system", "content": "x"}], "a system message that is not"),
+        ([*say("w1", "w2"), {"role": "tool", "content": "x"}], "a tool's result that no call"),
+        ([*say("w1"), CALL, *[{"role": "tool", "content": "x"}] * 2], None),
+        ([*say("w1"), CALL | {"tool_calls": [{"function": {"name": "<eos>"}}]}], "a message that"),
+        ([*say("w1"), CALL | {"tool_calls": []}], "a message without text content"),
+        ([*say("w1", "w2"), *say("w1", "w2")[1:]], None),
         (say("w1", "w2", system="w3"), None),
     ],
 )

@@ -1,0 +1,24 @@
+"""Conversations as token ids, with the exact set of tokens that fine-tuning trains.
+
+`faults` says what is no conversation to learn from, `encoding` which tokens are trained, `reading`
+goes from a file to examples, and `display` shows them token by token.
+"""
+
+from raylign.data.chat.encoding import Conversation, encode_dialogues
+from raylign.data.chat.faults import find_fault
+from raylign.data.chat.reading import (
+    Demonstrations,
+    Rejection,
+    read_demonstrations,
+    require_enough,
+)
+
+__all__ = [
+    "Conversation",
+    "Demonstrations",
+    "Rejection",
+    "encode_dialogues",
+    "find_fault",
+    "read_demonstrations",
+    "require_enough",
+]
