@@ -8,7 +8,7 @@ engine can run it: whole, partitioned, or with the decoder's layers on several r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.models.enclosure import embed_context, over_pieces, project, run_inside
+from raylign.runtime import derive_seed
 from raylign.training.engine import Engine
+from raylign.training.noise import gather_noise, noisy
 from raylign.training.rows import (
     CorpusRows,
     DemonstrationRows,
@@ -89,6 +91,9 @@ class LanguageObjective:
     """`corpus` or `demonstrations`."""
     isolate: bool = True
     """No attention across the documents of a row."""
+    noise: float = 0.0
+    """NEFTune's alpha: noise on the embeddings in training."""
+    noise_seed: int = 0
     measures: tuple[str, ...] = ("loss",)
     surveyed: tuple[str, ...] = ()
 
@@ -104,7 +109,12 @@ class LanguageObjective:
         return {"tokens": max(1, int(whole.trained.sum()))}
 
     def assemble(self, whole: TextRows, part: slice, step: int) -> MicroBatch:
-        return assemble(whole, part, self.isolate)
+        batch = assemble(whole, part, self.isolate)
+        if not self.noise or part.start == part.stop:
+            return batch
+        keys = [derive_seed(self.noise_seed, step, row) for row in range(part.start, part.stop)]
+        segments = whole.segments[part, : batch.tokens.shape[1]]
+        return replace(batch, noise=gather_noise(self.noise, keys, segments))
 
     def survey(self, lm: PreTrainedModel, hidden: torch.Tensor, batch: MicroBatch) -> Sums:
         """Nothing to survey."""
@@ -170,4 +180,5 @@ def _score_text(lm: PreTrainedModel, batch: MicroBatch, piece: int | None) -> to
 def embed_batch(lm: PreTrainedModel, batch: Any) -> torch.Tensor:
     """Hidden states [B, T, width] of a micro-batch (`Inputs`)."""
     given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    return embed_context(lm, batch.tokens, **{k: v for k, v in given.items() if v is not None})
+    with noisy(lm, batch.noise if isinstance(batch, MicroBatch) else None):
+        return embed_context(lm, batch.tokens, **{k: v for k, v in given.items() if v is not None})

@@ -12,6 +12,7 @@ import torch
 
 from raylign.data.chat import Conversation
 from raylign.data.packing import PackedShards, attention_mask, pack_best_fit, positions
+from raylign.training.noise import EmbeddingNoise
 
 
 class Inputs(Protocol):
@@ -50,15 +51,18 @@ class MicroBatch:
     """bool [B, 1, T, T], or None for plain causal attention."""
     position_ids: torch.Tensor | None
     """int64 [B, T], or None for 0..T-1."""
+    noise: EmbeddingNoise | None = None
+    """What training adds to the embeddings."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same rows on `device`."""
-        mask, places = self.attention_mask, self.position_ids
+        mask, places, noise = self.attention_mask, self.position_ids, self.noise
         return MicroBatch(
             self.tokens.to(device),
             self.trained.to(device),
             None if mask is None else mask.to(device),
             None if places is None else places.to(device),
+            None if noise is None else noise.to(device),
         )
 
 
@@ -137,10 +141,20 @@ class DemonstrationRows:
 
 
 def write_demonstrations(
-    conversations: Sequence[Conversation], length: int, pad: int, directory: Path, split: str
+    conversations: Sequence[Conversation],
+    length: int,
+    pad: int,
+    directory: Path,
+    split: str,
+    packing: bool = True,
 ) -> int:
-    """Fit conversations into rows of `length` tokens, best fit, none cut; the number of rows."""
-    groups = pack_best_fit([len(c.token_ids) for c in conversations], length)
+    """Fit conversations into rows of `length` tokens, best fit, none cut; the number of rows.
+
+    Without `packing` each has a row of its own.
+    """
+    groups = [[item] for item in range(len(conversations))]
+    if packing:
+        groups = pack_best_fit([len(c.token_ids) for c in conversations], length)
     tokens = np.full((len(groups), length), pad, np.int32)
     segments = np.zeros((len(groups), length), np.uint16)
     trained = np.zeros((len(groups), length), bool)
