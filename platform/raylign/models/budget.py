@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raylign.config import UserError
+from raylign.config import AdapterConfig, UserError
+from raylign.config.training import PeftKind
 
 CHINCHILLA = 20
 """Training tokens a parameter at which model and data grow together (Hoffmann et al., 2022)."""
@@ -59,6 +60,8 @@ class Blueprint:
     head_bias: bool = False
     gated: bool = True
     """The feed-forward block multiplies two projections (SwiGLU)."""
+    scores: int = 0
+    """Outputs of a head without bias that stands in place of the vocabulary's; 0 for that."""
 
     @property
     def embedding(self) -> int:
@@ -68,6 +71,8 @@ class Blueprint:
     @property
     def head(self) -> int:
         """Numbers of the output embedding, beyond those it shares."""
+        if self.scores:
+            return self.scores * self.width
         own = 0 if self.tied else self.vocab_size * self.width
         return own + self.vocab_size * self.head_bias
 
@@ -85,6 +90,8 @@ class Blueprint:
     @property
     def multiplied(self) -> int:
         """Parameters that every token is multiplied with: all but tables that are looked up."""
+        if self.scores:
+            return self.non_embedding + self.head
         return self.non_embedding + self.vocab_size * (self.width + self.head_bias)
 
 
@@ -117,6 +124,54 @@ def count_flops(blueprint: Blueprint, sequence: int) -> float:
     """
     width = blueprint.heads * blueprint.head_size
     return 6.0 * blueprint.multiplied + 12.0 * blueprint.layers * width * sequence
+
+
+def count_adapter(
+    blueprint: Blueprint, kind: PeftKind, adapter: AdapterConfig, key: str = "adapter"
+) -> int:
+    """Trainable numbers when `kind` adapts the model; all of them for `none`.
+
+    Raises `UserError`, which names `key`, for a target that the model does not have.
+    """
+    if kind == "none":
+        return blueprint.total
+    if kind in ("prefix", "prompt"):
+        length = adapter.virtual_tokens or 16
+        if kind == "prompt":
+            return length * blueprint.width
+        return length * blueprint.layers * 2 * blueprint.kv_heads * blueprint.head_size
+    rank = adapter.rank or {"vera": 64, "loha": 8}.get(kind, 16)
+    return sum(
+        (1 if matrix.part == "head" else blueprint.layers) * _adapt(matrix, kind, rank)
+        for matrix in _choose(blueprint, adapter.targets, key)
+    )
+
+
+def _adapt(matrix: Matrix, kind: PeftKind, rank: int) -> int:
+    """Numbers that one matrix [outputs, inputs] gets."""
+    low_rank = rank * (matrix.inputs + matrix.outputs)
+    if kind == "vera":  # the two projections are drawn once and stay
+        return rank + matrix.outputs
+    if kind == "loha":  # the product of two low-rank updates
+        return 2 * low_rank
+    return low_rank + (matrix.outputs if kind == "dora" else 0)  # dora learns each row's length
+
+
+def _choose(blueprint: Blueprint, targets: tuple[str, ...] | str, key: str) -> list[Matrix]:
+    if isinstance(targets, str):
+        return [m for m in blueprint.matrices if targets in ("all-linear", m.part)]
+    head = Matrix("lm_head", "head", blueprint.width, blueprint.vocab_size, blueprint.head_bias)
+    every = (*blueprint.matrices, head)
+    chosen = {}
+    for target in targets:
+        found = [m for m in every if m.name == target or m.name.endswith(f".{target}")]
+        if not found:
+            raise UserError(
+                f"{key}.targets: a {blueprint.model_type} has no {target!r}; it has "
+                f"{', '.join(m.name for m in every)}"
+            )
+        chosen.update({m.name: m for m in found})
+    return list(chosen.values())
 
 
 def _read_llama(fields: Mapping[str, Any]) -> Blueprint:
