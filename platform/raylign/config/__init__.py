@@ -12,7 +12,7 @@ from raylign.config.corpus import PrepareConfig
 from raylign.config.decontamination import DecontaminateConfig, EvaluationSetConfig
 from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
 from raylign.config.evaluation import EvaluateConfig
-from raylign.config.loading import ConfigError, load_recipe
+from raylign.config.loading import ConfigError, change, load_recipe
 from raylign.config.model import ModelConfig
 from raylign.config.preference import ComparisonConfig, PreferenceConfig, RewardModelConfig
 from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
@@ -80,5 +80,6 @@ __all__ = [
     "TuneConfig",
     "UserError",
     "WorkersConfig",
+    "change",
     "load_recipe",
 ]

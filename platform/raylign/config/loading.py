@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,23 @@ def load_recipe(file: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(error, places, str(file))) from None
+
+
+def change(recipe: Recipe, values: Mapping[str, Any], origin: str) -> Recipe:
+    """`recipe` with other values at dotted keys, validated like the file they stand for.
+
+    `origin` says in messages where the values came from. Raises `ConfigError`.
+    """
+    data = recipe.model_dump(exclude_unset=True)
+    places: dict[tuple[str, ...], str] = {}
+    for key, value in values.items():
+        path = tuple(key.split("."))
+        _set(data, path, value, f"{key}={value}")
+        places[path] = origin
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, places, origin)) from None
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:

@@ -1,0 +1,282 @@
+"""Search over a training stage: `python -m jobs.tune recipe.yaml [tune.key=value ...]`.
+
+Every trial is the stage's own job, in a run directory of its own that sees the stages before it.
+Writes the `tune` stage: a table and a plot of all trials, what each of them says to the sample
+prompts, the best one's model or adapter in `best/`, and the recipe that makes it in `best.yaml`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from jobs.entry import STAGES, main, perform, section
+from jobs.trials import TrialRow, draw_trials, show_samples, tabulate, write_trials
+from raylign.config import (
+    RangeConfig,
+    Recipe,
+    Section,
+    TrainingConfig,
+    TuneConfig,
+    UserError,
+    change,
+)
+from raylign.run import Draft, Run
+from raylign.runtime import derive_seed, disconnect
+from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
+from raylign.training.tuning import (
+    Report,
+    Trial,
+    best_trial,
+    check_search,
+    count_trials,
+    search,
+)
+
+POLL_S = 0.5
+# Hidden, so it is no part of the finished stage; and it outlives an interrupt.
+TRIALS = ".trials"
+
+
+def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
+    """The `tune` stage."""
+    config = section(recipe, "tune", TuneConfig)
+    stage = section(recipe, config.stage, TrainingConfig)
+    check_search(config)
+    check_values(recipe, config)
+    before = STAGES[: STAGES.index(config.stage)]
+    parents = {
+        name: found.manifest.content for name in before if (found := run.find(name)) is not None
+    }
+
+    def build(draft: Draft) -> None:
+        storage = draft.path / TRIALS
+        trials = watch(recipe, config, run, storage, board)
+        rows = [collect(trial, storage / trial.name, config.stage) for trial in trials]
+        best = best_trial(trials, config)
+        keep(recipe, config, best, storage, draft)
+        write_trials(rows, best.name, config, draft.path)
+        draw_trials(rows, best.name, config, draft.path / "trials.svg")
+        show_samples(rows, config, draft.path / "samples.md")
+        counts = {status: 0 for status in ("finished", "stopped", "failed")}
+        for trial in trials:
+            counts[trial.status] += 1
+        draft.summary.update(
+            best=best.values, **{config.metric: best.metric}, trials=len(trials), **counts
+        )
+        board.console.print(tabulate(rows, best.name, config))
+
+    settings = {
+        "tune": config.model_dump(mode="json"),
+        config.stage: stage.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+    perform(run, "tune", settings, parents, board, build, resume=True)
+
+
+def check_values(recipe: Recipe, config: TuneConfig) -> None:
+    """Every value must be one that the stage takes; raises `UserError` before anything starts."""
+    for key, values in config.space.items():
+        tried: tuple[Any, ...] = values if isinstance(values, tuple) else list_ends(values)
+        for value in tried:
+            change(recipe, {f"{config.stage}.{key}": value}, f"tune.space.{key}")
+
+
+def list_ends(values: RangeConfig) -> tuple[float, float]:
+    """Smallest and largest value of a range."""
+    if values.integer:
+        return math.ceil(values.low), math.floor(values.high)
+    return values.low, values.high
+
+
+def watch(
+    recipe: Recipe, config: TuneConfig, run: Run, storage: Path, board: ProgressBoard
+) -> list[Trial]:
+    """Search in a thread, and show how far it is: Ray Tune would take over Ctrl-C in this one."""
+    outcome: dict[str, Any] = {}
+    steps = _planned_steps(recipe, config)
+    function = StageTrial(recipe, config, run.root)
+    seed = derive_seed(recipe.seed, "tune")
+
+    def explore() -> None:
+        try:
+            outcome["trials"] = search(function, config, steps, storage, seed)
+        except BaseException as error:  # the edge of a thread: the main one raises it
+            outcome["error"] = error
+
+    thread = threading.Thread(target=explore, daemon=True)
+    total = count_trials(config)
+    with board.bar("tune", total, "trial") as bar:
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(POLL_S)
+                bar.update(*_progress(storage, config, steps))
+        except KeyboardInterrupt:
+            disconnect()  # else trials would go on
+            raise
+        if "error" not in outcome:
+            bar.update(total)
+    if "error" in outcome:
+        raise outcome["error"]
+    trials: list[Trial] = outcome["trials"]
+    return trials
+
+
+class StageTrial:
+    """One trial: the stage's job with some of its keys changed."""
+
+    def __init__(self, recipe: Recipe, config: TuneConfig, root: Path) -> None:
+        self._recipe, self._config, self._root = recipe, config, root
+
+    def __call__(
+        self, values: Mapping[str, Any], directory: Path, report: Report, donor: Path | None
+    ) -> None:
+        """Run the job in `directory`, and report its metrics as they appear."""
+        stage = self._config.stage
+        if donor is not None:
+            _adopt(donor, directory, stage)
+        for name in STAGES[: STAGES.index(stage)]:
+            if (self._root / name).is_dir() and not (directory / name).exists():
+                os.symlink(self._root / name, directory / name)
+        recipe = trial_recipe(self._recipe, self._config, values, directory)
+        job = importlib.import_module(f"jobs.{stage}").run
+        outcome: dict[str, BaseException] = {}
+
+        def work() -> None:
+            quiet = ProgressBoard(Console(quiet=True))
+            try:
+                job(recipe, Run(directory), quiet)
+            except BaseException as error:  # the edge of a thread: the trial raises it
+                outcome["error"] = error
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        seen = 0
+        while thread.is_alive():
+            thread.join(POLL_S)
+            seen = self._report_new(directory, seen, report)
+        if "error" in outcome:
+            raise outcome["error"]
+        self._report_new(directory, seen, report)
+
+    def _report_new(self, directory: Path, seen: int, report: Report) -> int:
+        """Report the rows after step `seen`; the last step reported."""
+        for row in read_metrics(directory, self._config.stage):
+            if row["step"] > seen and self._config.metric in row:
+                seen = int(row["step"])
+                checkpoint = None
+                if self._config.scheduler == "pbt":
+                    checkpoint = _newest_checkpoint(directory, self._config.stage)
+                report(row, checkpoint)
+        return seen
+
+
+def trial_recipe(
+    recipe: Recipe, config: TuneConfig, values: Mapping[str, Any], directory: Path
+) -> Recipe:
+    """The recipe of one trial: values, resources, and its own run directory."""
+    own: dict[str, Any] = {f"{config.stage}.{key}": value for key, value in values.items()}
+    own |= {
+        "run": directory,
+        f"{config.stage}.workers.cpus": config.cpus,
+        f"{config.stage}.workers.gpus": config.gpus,
+    }
+    return change(recipe, own, "a trial's value")
+
+
+def read_metrics(directory: Path, stage: str) -> list[dict[str, Any]]:
+    """A trial's rows so far, of its stage finished or in the making."""
+    for name in (stage, f".{stage}.partial"):
+        if (directory / name / METRICS_FILE).is_file():
+            return read_lines(directory / name / METRICS_FILE)
+    return []
+
+
+def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
+    """A trial with what its stage says of itself."""
+    found = Run(directory).find(stage)
+    summary = {} if found is None else found.manifest.summary
+    metrics = read_metrics(directory, stage)
+    samples = [] if found is None else read_lines(found.path / "samples.jsonl")
+    last = max((row["step"] for row in samples), default=0)
+    return TrialRow(
+        trial=trial,
+        parameters=summary.get("parameters"),
+        trainable=summary.get("trainable", summary.get("parameters")),
+        curve=tuple((row["step"], row) for row in metrics),
+        samples=tuple((row["prompt"], row["text"]) for row in samples if row["step"] == last),
+    )
+
+
+def keep(recipe: Recipe, config: TuneConfig, best: Trial, storage: Path, draft: Draft) -> None:
+    """The best trial's stage in `best/`, and the recipe that makes it."""
+    source = storage / best.name / config.stage
+    shutil.rmtree(draft.path / "best", ignore_errors=True)
+    shutil.copytree(source, draft.path / "best", ignore=shutil.ignore_patterns("manifest.json"))
+    chosen = change(
+        recipe, {f"{config.stage}.{key}": value for key, value in best.values.items()}, "tune"
+    )
+    body = chosen.model_dump(mode="json", exclude_unset=True, exclude={"tune", "redo"})
+    text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+    comment = f"# The best of {config.metric}={best.metric:.4f}, found by jobs.tune.\n"
+    (draft.path / "best.yaml").write_text(comment + text, encoding="utf-8")
+
+
+def _planned_steps(recipe: Recipe, config: TuneConfig) -> int:
+    stage = getattr(recipe, config.stage)
+    assert isinstance(stage, Section) and isinstance(stage, TrainingConfig)
+    if stage.epochs is not None or any(key in ("steps", "epochs") for key in config.space):
+        raise UserError(
+            f"tune compares trials at equal steps: give {config.stage}.steps, one for all trials, "
+            "and not epochs"
+        )
+    return stage.steps
+
+
+def _progress(storage: Path, config: TuneConfig, steps: int) -> tuple[float, str]:
+    """Trials' worth of steps done, and the best metric so far."""
+    done, values = 0.0, []
+    for directory in storage.glob("*/"):
+        rows = read_metrics(directory, config.stage)
+        if rows:
+            done += min(1.0, rows[-1]["step"] / steps)
+        values += [row[config.metric] for row in rows if config.metric in row]
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return done, ""
+    best = min(values) if config.goal == "min" else max(values)
+    return done, f"best {config.metric} {best:.4f}"
+
+
+def _newest_checkpoint(directory: Path, stage: str) -> Path | None:
+    """The newest finished checkpoint of a trial; it may be a step or two behind."""
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        found = sorted((directory / f".{stage}.partial" / ".checkpoints").glob("step-*"))
+        if found:
+            return found[-1]
+        time.sleep(POLL_S)
+    return None
+
+
+def _adopt(donor: Path, directory: Path, stage: str) -> None:
+    """Begin with another trial's checkpoint, in place of what this one had done."""
+    shutil.rmtree(directory / f".{stage}.partial", ignore_errors=True)
+    target = directory / f".{stage}.partial" / ".adopted"
+    target.parent.mkdir(parents=True)
+    shutil.copytree(donor, target)
+
+
+if __name__ == "__main__":
+    main("tune", run)
