@@ -7,7 +7,13 @@ stage: a plain Hugging Face directory `model/`, metrics and samples.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
+
+from jobs.plan import OPTION, answer_early, show_plan
+
+if __name__ == "__main__":  # a plan needs nothing of what follows
+    answer_early("pretrain")
 
 from transformers import PreTrainedConfig
 
@@ -156,4 +162,4 @@ def show(draft: Draft, board: ProgressBoard) -> None:
 
 
 if __name__ == "__main__":
-    main("pretrain", run)
+    main("pretrain", run, {OPTION: partial(show_plan, "pretrain")})

@@ -92,7 +92,7 @@ def estimate(
 
 
 def keep_block(blueprint: Blueprint, size: int, length: int, isolate: bool) -> float:
-    """Bytes that one block keeps of one token, in rows of `length`; activations have `size` bytes."""
+    """Bytes that one block keeps of a token, in rows of `length`; activations have `size` bytes."""
     width, heads = blueprint.width, blueprint.heads
     queries, keys = heads * blueprint.head_size, blueprint.kv_heads * blueprint.head_size
     if blueprint.model_type in _EAGER:  # queries, keys, scores and probabilities in float32
