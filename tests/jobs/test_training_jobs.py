@@ -179,7 +179,7 @@ def test_a_killed_rank_changes_nothing_but_the_time(
 
 
 def _kill_a_worker(run: Run, killed: list[int]) -> None:
-    checkpoints = run.root / ".pretrain.partial" / "checkpoints"
+    checkpoints = run.root / ".pretrain.partial" / ".checkpoints"
     until = time.monotonic() + 200
     while not list(checkpoints.glob("step-*")):
         if time.monotonic() > until:
@@ -201,12 +201,13 @@ def test_a_mistake_found_by_a_worker_is_one_line(
     with torch.no_grad():
         broken.model.norm.weight[0] = math.nan
     save_model(broken, broken.config, tokenizer, fresh.root / "broken")
-    config = PRETRAIN.model_copy(update={"model": fresh.root / "broken"})
+    config = PRETRAIN.model_copy(update={"model": str(fresh.root / "broken")})
     with pytest.raises(UserError) as caught:
         pretrain.run(make_recipe(fresh, pretrain=config), fresh, board)
     assert str(caught.value) == (
-        "pretrain: the loss is nan at step 1; lower pretrain.optimizer.lr or raise "
-        "pretrain.schedule.warmup_steps"
+        "pretrain: the norm of the gradient is nan at step 1, and no rank has taken it; lower "
+        "pretrain.optimizer.lr or raise pretrain.schedule.warmup_steps; the step's rows are in "
+        f"{fresh.root}/diverged/pretrain-step-00000001"
     )
     assert fresh.find("pretrain") is None
 

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from raylign.config import EngineConfig, OptimizerConfig, ScheduleConfig, UserError
 from raylign.data.packing import rows_for_step
 from raylign.models.assembly import ModelPlan
-from raylign.models.loading import load_tokenizer, save_model
+from raylign.models.loading import load_tokenizer
 from raylign.runtime import derive_seed
 from raylign.tracking import METRICS_FILE, JsonTracker, read_lines
 from raylign.training.checkpoints import CheckpointStore
 from raylign.training.engine import DivergenceError, Engine, build_engine
+from raylign.training.export import export_model
 from raylign.training.objectives import Objective
 from raylign.training.rows import Rows, Whole, deal
 from raylign.training.sampling import Sampler
@@ -239,7 +240,7 @@ class SupervisedLoop:
         task, engine = self._task, self._engine
         weights = engine.weights()
         if engine.rank == 0:
-            save_model(weights, engine.lm.config, self._tokenizer, task.output / MODEL)
+            export_model(engine.lm, weights, self._tokenizer, task.output / MODEL)
         parameters = sum(tensor.numel() for tensor in weights.values())
         return {"tokens": self._tokens, "seconds": self._seconds, "parameters": parameters}
 
