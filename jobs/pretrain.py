@@ -1,7 +1,8 @@
 """Pre-training: `python -m jobs.pretrain recipe.yaml [pretrain.key=value ...]`.
 
 Next-token prediction on packed shards, from a shape or from existing weights. Writes the `pretrain`
-stage: a plain Hugging Face directory `model/`, metrics and samples.
+stage: a plain Hugging Face directory `model/`, metrics and samples. `--plan` prints what it will
+take, and trains nothing.
 """
 
 from __future__ import annotations
