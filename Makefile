@@ -3,12 +3,13 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
+WORKERS := 2
 
 .PHONY: help quickstart test lint format doctor install clean
 
 help:
 	@echo "make quickstart   the whole journey on CPU, raw text to report [ARGS='key=value ...']"
-	@echo "make test         all tests [ARGS='tests/test_run.py -k atomic']"
+	@echo "make test         all tests, on two workers [ARGS='tests/test_run.py -k atomic']"
 	@echo "make lint         ruff and mypy          make format   ruff format"
 	@echo "make doctor       check this machine     make clean    remove .venv and caches"
 
@@ -16,7 +17,7 @@ quickstart: $(READY)
 	@$(RUN) -m jobs.quickstart jobs/recipes/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	@$(RUN) -m ruff check .

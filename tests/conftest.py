@@ -13,12 +13,30 @@ from pathlib import Path
 
 import pytest
 
+# On several workers whole files are dealt out, in this order: the longest must not come last.
+LONGEST_FILES = (
+    "test_quickstart_job.py",
+    "test_rollout.py",
+    "test_training_jobs.py",
+    "test_prepare_corpora.py",
+    "test_evaluate_job.py",
+    "test_resume.py",
+    "test_engines.py",
+    "test_parallel.py",
+)
+
 WORDS = [f"w{i}" for i in range(52)]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}"
     "<assistant>{% generation %}{{ m['content'] }}<eos>{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; the others stay in order."""
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
