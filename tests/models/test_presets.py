@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from raylign.config import ModelConfig, UserError
 from raylign.config.presets import PRESETS
+from raylign.data.packing import attention_mask, positions
 from raylign.models.catalog import read_choice
 from raylign.models.loading import initialise
 from raylign.models.presets import build_config, count_parameters
+from raylign.training.objectives import embed_batch
+from raylign.training.rows import MicroBatch
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,6 +81,17 @@ def test_gptj_rotates_part_of_a_head_and_computes() -> None:
     first, second = (model(input_ids=t).logits for t in (tokens, later))
     assert first.shape == (1, 4, 50)
     assert torch.equal(first[:, :3], second[:, :3]) and not torch.equal(first, second)
+
+
+def test_documents_of_a_row_do_not_see_each_other_in_any_family() -> None:
+    tokens = torch.arange(5, 17)[None]
+    segments = torch.tensor([[1] * 5 + [2] * 7])
+    packed = MicroBatch(tokens, tokens > 0, attention_mask(segments), positions(segments))
+    alone = MicroBatch(tokens[:, 5:], tokens[:, 5:] > 0, None, None)
+    for name in ("tiny", "tiny-gptj"):
+        model = initialise(build_config(ModelConfig(preset=name), 50, pad_id=0, eos_id=1), 0)
+        second = embed_batch(model, packed)[:, 5:]
+        torch.testing.assert_close(second, embed_batch(model, alone), atol=2e-6, rtol=1e-5)
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_the_shape_fixes_it() -> None:

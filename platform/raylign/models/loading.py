@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A freshly initialised float32 model, the same to the bit for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return _take_masks(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
@@ -58,7 +59,7 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
             f"model {path} lacks {len(missing)} of its weights, such as {missing[0]}; "
             "copy the complete directory"
         )
-    return model
+    return _take_masks(model)
 
 
 def load_config(path: Path) -> PreTrainedConfig:
@@ -126,6 +127,24 @@ def save_model(
     saved.save_pretrained(directory)
     GenerationConfig.from_model_config(saved).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _take_masks(model: PreTrainedModel) -> PreTrainedModel:
+    """Attention that is written out adds its mask to the scores, and would take True for 1."""
+    if model.config._attn_implementation == "eager":
+        model.get_decoder().register_forward_pre_hook(_make_addend, with_kwargs=True)
+    return model
+
+
+def _make_addend(
+    decoder: PreTrainedModel, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dtype != torch.bool or mask.ndim != 4:
+        return args, inputs
+    addend = torch.zeros_like(mask, dtype=decoder.dtype)
+    addend.masked_fill_(~mask, torch.finfo(decoder.dtype).min)
+    return args, inputs | {"attention_mask": addend}
 
 
 def _require(path: Path, name: str, what: str) -> None:
