@@ -58,12 +58,13 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
                 "in pretrain.tokenizer, or prepare the shards again"
             )
         model = choose_model(start, tokenizer, rows)
+        length = check_length(config, rows)
         task = plan(
             recipe.seed,
             config,
             start if isinstance(start, Path) else model,
             shards,
-            rows.rows,
+            rows.rows * (rows.sequence_length // length),
             tokenizer,
             draft,
         )
@@ -102,6 +103,17 @@ def choose_model(
     return model
 
 
+def check_length(config: PretrainConfig, rows: PackedShards) -> int:
+    """Tokens in a row of training; raises `UserError` when the shards' cannot be cut so."""
+    length = config.sequence_length or rows.sequence_length
+    if rows.sequence_length % length:
+        raise UserError(
+            f"pretrain.sequence_length={length} does not divide the shards' rows of "
+            f"{rows.sequence_length} tokens; choose a divisor"
+        )
+    return length
+
+
 def plan(
     seed: int,
     config: PretrainConfig,
@@ -121,7 +133,9 @@ def plan(
         output=draft.path,
         model=plan_model(config, start, derive_seed(seed, "pretrain", "weights")),
         tokenizer=tokenizer,
-        objective=LanguageObjective(shards, "corpus", config.isolate_documents),
+        objective=LanguageObjective(
+            shards, "corpus", config.isolate_documents, config.sequence_length
+        ),
         seed=derive_seed(seed, "pretrain", "order"),
         steps=count_steps(config, rows),
         batch_size=config.batch_size,

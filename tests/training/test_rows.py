@@ -40,6 +40,18 @@ def test_first_tokens_are_trained_only_where_something_precedes_them(shards: Pat
     assert joined.trained.astype(int).tolist() == [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
 
 
+def test_rows_are_cut_into_shorter_ones(shards: Path) -> None:
+    found = CorpusRows(shards, "train", isolate=True, length=3)
+    assert found.count == 4
+    rows = found.read([3, 1, 0])
+    assert rows.tokens.tolist() == [[9, 10, 11], [3, 4, 5], [0, 1, 2]]
+    assert rows.segments.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1]]
+    assert rows.trained.astype(int).tolist() == [[0, 1, 1], [0, 1, 0], [0, 1, 1]]
+    assert CorpusRows(shards, "train", isolate=True, length=2).read([1]).segments.tolist() == [
+        [1, 2]
+    ]
+
+
 def test_demonstrations_come_back_from_their_rows(tmp_path: Path) -> None:
     stream = np.random.default_rng(0)
     conversations = []

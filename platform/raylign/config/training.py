@@ -160,6 +160,8 @@ class PretrainConfig(TrainingConfig):
     """Packed rows a step, over all ranks."""
     micro_batch_size: Count = 16
     """Packed rows a rank computes at once."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens in a row; must divide that of the shards, and is theirs when not given."""
     isolate_documents: bool = True
     """No attention across the documents of a packed row."""
     sample_prompts: tuple[str, ...] = ("Return the ", "What is 12 + 7? ", "To add, ")

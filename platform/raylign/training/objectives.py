@@ -91,6 +91,8 @@ class LanguageObjective:
     """`corpus` or `demonstrations`."""
     isolate: bool = True
     """No attention across the documents of a row."""
+    length: int | None = None
+    """corpus: tokens in a row, when shorter than the shards'."""
     noise: float = 0.0
     """NEFTune's alpha: noise on the embeddings in training."""
     noise_seed: int = 0
@@ -99,7 +101,7 @@ class LanguageObjective:
 
     def open(self, split: str) -> Rows[TextRows]:
         if self.kind == "corpus":
-            return CorpusRows(self.directory, split, self.isolate)
+            return CorpusRows(self.directory, split, self.isolate, self.length)
         return DemonstrationRows(self.directory, split)
 
     def begin(self, engine: Engine, scratch: Path) -> None:

@@ -109,14 +109,26 @@ class Rows(Protocol[W]):
 class CorpusRows:
     """Rows of packed shards; every real token that something may predict is trained."""
 
-    def __init__(self, directory: Path, split: str, isolate: bool) -> None:
-        """With `isolate` nothing predicts the first token of a document. Raises `UserError` when
-        the shards are missing or damaged."""
+    def __init__(
+        self, directory: Path, split: str, isolate: bool, length: int | None = None
+    ) -> None:
+        """With `isolate` nothing predicts the first token of a document. `length` cuts the shards'
+        rows into shorter ones; it must divide theirs. Raises `UserError` when the shards are
+        missing or damaged."""
         self._shards, self._isolate = PackedShards(directory, split), isolate
-        self.count = self._shards.rows
+        self._length = length or self._shards.sequence_length
+        self._pieces = self._shards.sequence_length // self._length
+        self.count = self._shards.rows * self._pieces
 
     def read(self, indices: Sequence[int] | np.ndarray) -> TextRows:
-        tokens, segments = self._shards.read(indices)
+        wanted = np.asarray(indices, np.int64)
+        tokens, segments = self._shards.read(wanted // self._pieces)
+        if self._pieces > 1:
+            places = (np.arange(len(wanted)), wanted % self._pieces)
+            shape = (len(wanted), self._pieces, self._length)
+            tokens, segments = tokens.reshape(shape)[places], segments.reshape(shape)[places]
+            # A piece counts its documents from 1, too.
+            segments = np.where(segments > 0, segments - segments[:, :1] + 1, 0)
         trained = segments > 0
         trained[:, 0] = False
         if self._isolate:
