@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -44,12 +45,20 @@ T = TypeVar("T", bound=Section)
 Job = Callable[[Recipe, Run, ProgressBoard], None]
 
 
-def main(name: str, job: Job, options: Mapping[str, Job] | None = None) -> NoReturn:
-    """Entry point of `python -m jobs.NAME`; an argument among `options` runs that instead."""
+def main(name: str, job: Job, options: Mapping[str, Callable[..., None]] | None = None) -> NoReturn:
+    """Entry point of `python -m jobs.NAME`; an argument among `options` runs that instead.
+
+    An option that is spelt with a value, like `--show COUNT`, gives it to its job first.
+    """
     arguments = sys.argv[1:]
     for option, other in (options or {}).items():
-        if option in arguments:
-            arguments, job = [a for a in arguments if a != option], other
+        flag, _, value = option.partition(" ")
+        if flag in arguments:
+            at = arguments.index(flag)
+            given = arguments[at + 1 : at + 2] if value else []
+            rest = arguments[:at] + arguments[at + 1 + len(given) :]
+            # Without its value nothing is left, and the usage is shown.
+            arguments, job = (rest, partial(other, *given)) if given or not value else ([], job)
     if not arguments or arguments[0] in ("-h", "--help"):
         more = "".join(f" [{option}]" for option in options or {})
         usage = f"usage: python -m jobs.{name} RECIPE.yaml [section.key=value ...]{more}\n"

@@ -1,7 +1,10 @@
 """Supervised fine-tuning: `python -m jobs.sft recipe.yaml [sft.key=value ...]`.
 
-Learns from chat demonstrations, on the assistant's tokens only. Several conversations share a row
-and do not see each other. Writes the `sft` stage: `model/`, metrics and samples.
+Learns from demonstrations, on the tokens of the roles in `train_on` only. Several conversations
+share a row and do not see each other. Writes the `sft` stage: `model/`, metrics, samples, and
+`rejected.jsonl` with the rows that could not be used.
+`--show COUNT` prints so many training examples token by token, with the mask, and trains nothing;
+`--plan` prints what training will take.
 """
 
 from __future__ import annotations
@@ -9,15 +12,29 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from jobs.plan import OPTION, answer_early, show_plan
+
+if __name__ == "__main__":  # a plan needs nothing of what follows
+    answer_early("sft")
 
 from transformers import PreTrainedTokenizerBase
 
-from jobs.entry import locate, locate_start, main, perform, section
+from jobs.entry import locate, locate_start, main, model_directory, perform, section
+from jobs.examples import print_examples
 from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, SftConfig, UserError
-from raylign.data.chat import Conversation, read_demonstrations
-from raylign.models.loading import load_config, load_tokenizer, pad_id, require_chat_template
+from raylign.data.chat import (
+    Conversation,
+    Demonstrations,
+    read_demonstrations,
+    require_enough,
+    write_rejections,
+)
+from raylign.models.hub import locate_model
+from raylign.models.loading import load_config, load_tokenizer, pad_id
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
@@ -27,6 +44,7 @@ from raylign.training.rows import write_demonstrations
 from raylign.training.supervised import train
 
 _ROWS = ".rows"
+REJECTED_FILE = "rejected.jsonl"
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -34,8 +52,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     config = section(recipe, "sft", SftConfig)
     parents = {}
     model, parents["model"] = locate_start(run, config.model, "pretrain", "pretrain", "sft.model")
-    data, parents["data"] = locate(run, config.data, "corpus", "prepare", "sft.data")
-    data = data / "exercises.jsonl" if data.is_dir() else data
+    data, parents["data"] = _locate_data(run, config)
 
     def build(draft: Draft) -> None:
         tokenizer = load_tokenizer(model)
@@ -51,9 +68,28 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     perform(run, "sft", settings, parents, board, build, config.checkpoints.resume == "auto")
 
 
+def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) -> None:
+    """`--show COUNT`: the first training examples, and what became of every row."""
+    config = section(recipe, "sft", SftConfig)
+    if not count.isdecimal():
+        raise UserError(f"--show {count}: give the number of examples, like --show 3")
+    if config.model is None:
+        model, _ = locate(run, None, "pretrain", "pretrain", "sft.model")
+    else:
+        model = locate_model(config.model, "sft.model")
+    model = model_directory(model)
+    tokenizer = load_tokenizer(model)
+    check(config, model, tokenizer)
+    data, _ = _locate_data(run, config)
+    found = read(config, data, tokenizer)
+    if found.rows > 1:
+        examples, _ = split(found.conversations, config.validation_share, recipe.seed)
+        print_examples(examples[: int(count)], data, found.format, describe(found), tokenizer)
+    require_enough(data, found, config.max_rejected_share)
+
+
 def check(config: SftConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Model, tokenizer and rows must fit each other; raises `UserError`."""
-    require_chat_template(tokenizer, model)
     shape = load_config(model)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
@@ -65,6 +101,24 @@ def check(config: SftConfig, model: Path, tokenizer: PreTrainedTokenizerBase) ->
             f"sft.sequence_length={config.sequence_length} exceeds the context of {model}, "
             f"{shape.max_position_embeddings} tokens; lower it"
         )
+    if not config.train_on:
+        raise UserError("sft.train_on names no role; give at least one, such as [assistant]")
+    for key in ("pipeline_parallel", "sequence_parallel"):
+        if config.neftune_alpha and getattr(config.engine, key) > 1:
+            raise UserError(f"sft.neftune_alpha does not work with sft.engine.{key}; leave one out")
+
+
+def read(config: SftConfig, data: Path, tokenizer: PreTrainedTokenizerBase) -> Demonstrations:
+    """The demonstrations, however many of them cannot be used."""
+    return read_demonstrations(
+        data,
+        tokenizer,
+        config.sequence_length,
+        max_rejected_share=1.0,
+        format=config.format,
+        train_on=config.train_on,
+        too_long=config.too_long,
+    )
 
 
 def prepare_rows(
@@ -76,39 +130,67 @@ def prepare_rows(
     draft: Draft,
     board: ProgressBoard,
 ) -> None:
-    """Tokenise, split off the validation share, and pack both parts into rows."""
-    found = read_demonstrations(data, tokenizer, config.sequence_length)
+    """Tokenise, split off the validation share, and lay both parts into rows."""
+    found = read(config, data, tokenizer)
+    write_rejections(found.rejected, draft.path / REJECTED_FILE)
+    require_enough(data, found, config.max_rejected_share)
     train_part, validation = split(found.conversations, config.validation_share, seed)
     counts = {}
     for name, part in (("train", train_part), ("validation", validation)):
         counts[name] = write_demonstrations(
-            part, config.sequence_length, pad_id(tokenizer), directory, name
+            part, config.sequence_length, pad_id(tokenizer), directory, name, config.packing
         )
     reasons = Counter(rejection.reason for rejection in found.rejected)
     draft.summary.update(
+        format=found.format,
         conversations=len(found.conversations),
         rows=counts["train"],
+        trained_tokens=sum(int(c.trained.sum()) for c in train_part),
+        truncated=found.truncated,
         rejected=len(found.rejected),
         rejected_reasons=dict(reasons),
     )
-    for reason, count in reasons.most_common():
-        board.say(f"  [yellow]{count:,} demonstrations left out:[/] {reason}")
+    for line in describe(found):
+        board.say(f"  {line}")
+
+
+def describe(found: Demonstrations) -> list[str]:
+    """What was found in the data, in lines."""
+    tokens = sum(len(c.token_ids) for c in found.conversations)
+    trained = sum(int(c.trained.sum()) for c in found.conversations)
+    lines = [
+        f"{found.rows:,} demonstrations ({found.format}): {tokens:,} tokens, {trained:,} of them "
+        f"trained ({trained / max(1, tokens):.0%})"
+    ]
+    split_up = len(found.conversations) - found.rows
+    if split_up:
+        lines.append(f"{split_up:,} more examples, where the chat template rewrites earlier turns")
+    if found.truncated:
+        lines.append(f"{found.truncated:,} cut at sequence_length")
+    return lines + [f"left out: {line}" for line in found.describe()]
 
 
 def split(
     conversations: Sequence[Conversation], share: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, validation), drawn by seed; both keep at least one. Raises `UserError` for fewer
-    than two conversations."""
-    if len(conversations) < 2:
+    """(train, validation), drawn by seed; both keep at least one row, and what comes of a row stays
+    together. Raises `UserError` for fewer than two rows."""
+    rows = list(dict.fromkeys(conversation.row for conversation in conversations))
+    if len(rows) < 2:
         raise UserError("sft.data holds one demonstration; validation needs a second one")
-    held = min(len(conversations) - 1, max(1, round(share * len(conversations))))
-    drawn = random.Random(derive_seed(seed, "sft", "validation")).sample(
-        range(len(conversations)), held
-    )
-    chosen = set(drawn)
-    train_part = [c for index, c in enumerate(conversations) if index not in chosen]
-    return train_part, [conversations[index] for index in sorted(chosen)]
+    held = min(len(rows) - 1, max(1, round(share * len(rows))))
+    drawn = random.Random(derive_seed(seed, "sft", "validation")).sample(range(len(rows)), held)
+    chosen = {rows[index] for index in drawn}
+    parts: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for conversation in conversations:
+        parts[conversation.row in chosen].append(conversation)
+    return parts
+
+
+def _locate_data(run: Run, config: SftConfig) -> tuple[Path, str]:
+    """The file of demonstrations and its content hash."""
+    data, content = locate(run, config.data, "corpus", "prepare", "sft.data")
+    return (data / "exercises.jsonl" if data.is_dir() else data), content
 
 
 def plan(
@@ -120,18 +202,15 @@ def plan(
     draft: Draft,
 ) -> SupervisedTask:
     """The task as every rank gets it."""
-    prompts = (
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        for text in config.sample_prompts
-    )
+    noise = derive_seed(seed, "sft", "noise")
     return SupervisedTask(
         name="sft",
         output=draft.path,
         model=plan_model(config, model, derive_seed(seed, "sft", "weights")),
         tokenizer=model,
-        objective=LanguageObjective(rows, "demonstrations"),
+        objective=LanguageObjective(
+            rows, "demonstrations", noise=config.neftune_alpha, noise_seed=noise
+        ),
         seed=derive_seed(seed, "sft", "order"),
         steps=count_steps(config, draft.summary["rows"]),
         batch_size=config.batch_size,
@@ -141,12 +220,19 @@ def plan(
         schedule=config.schedule,
         engine=config.engine,
         threads=config.workers.threads,
-        prompts=tuple(
-            (text, tuple(ids)) for text, ids in zip(config.sample_prompts, prompts, strict=True)
-        ),
+        prompts=tuple((text, _ask(text, tokenizer)) for text in config.sample_prompts),
         sample_tokens=config.sample_tokens,
     )
 
 
+def _ask(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """A question as the model sees it; plain text where there is no chat template."""
+    if not tokenizer.chat_template:
+        return tuple(tokenizer(text)["input_ids"])
+    question = [{"role": "user", "content": text}]
+    found = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
+    return tuple(found["input_ids"])
+
+
 if __name__ == "__main__":
-    main("sft", run)
+    main("sft", run, {"--show COUNT": show_examples, OPTION: partial(show_plan, "sft")})

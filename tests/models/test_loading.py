@@ -104,15 +104,11 @@ def test_every_error_is_one_line(copy: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_chat_template_must_mark_what_the_assistant_says(tiny_model: Path) -> None:
+def test_a_missing_chat_template_is_named(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     require_chat_template(tokenizer, tiny_model)
-    marked = tokenizer.chat_template
-    tokenizer.chat_template = marked.replace("{% generation %}", "{%- generation -%}")
-    require_chat_template(tokenizer, tiny_model)
     tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(UserError, match=r"does not mark assistant turns; put \{% generation %\}"):
-        require_chat_template(tokenizer, tiny_model)
+    require_chat_template(tokenizer, tiny_model)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"has no chat template; add chat_template.jinja"):
         require_chat_template(tokenizer, tiny_model)

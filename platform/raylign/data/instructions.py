@@ -75,19 +75,23 @@ def recognise(rows: Sequence[Row], where: str) -> str:
     Raises `UserError` when no format fits, or more than one does.
     """
     found = {name for row in rows for name, value in row.items() if value is not None}
+    columns = ", ".join(sorted(found)) or "none"
+    if found.issuperset(("chosen", "rejected")):
+        raise UserError(
+            f"{where}: its columns ({columns}) hold comparisons; they are for "
+            "`python -m jobs.preference`, or give sft.format"
+        )
     fitting = [name for name, form in FORMATS.items() if found.issuperset(form.columns)]
     if len(fitting) == 1:
         return fitting[0]
-    columns = ", ".join(sorted(found)) or "none"
     if fitting:
         raise UserError(
             f"{where}: its columns ({columns}) fit {' and '.join(fitting)}; give sft.format"
         )
     known = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in FORMATS.items())
-    hint = " (comparisons are for `python -m jobs.preference`)" if "rejected" in found else ""
     raise UserError(
-        f"{where}: its columns ({columns}) are of no known format{hint}; rename them to those of "
-        f"one: {known}"
+        f"{where}: its columns ({columns}) are of no known format; rename them to those of one: "
+        f"{known}"
     )
 
 

@@ -9,8 +9,10 @@ from raylign.data.chat.faults import find_fault
 from raylign.data.chat.reading import (
     Demonstrations,
     Rejection,
+    find_source,
     read_demonstrations,
     require_enough,
+    write_rejections,
 )
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Rejection",
     "encode_dialogues",
     "find_fault",
+    "find_source",
     "read_demonstrations",
     "require_enough",
+    "write_rejections",
 ]

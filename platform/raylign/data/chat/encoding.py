@@ -233,14 +233,14 @@ class _Encoder:
         has beyond may be special tokens and blanks that only end a conversation.
         """
         whole, alone = ids[text], ids[plan.ends[place]]
-        end = _share(whole, alone)
+        end = share_prefix(whole, alone)
         if place in plan.prompts:
             prompt = ids[plan.prompts[place]]
             start = len(prompt)
             if whole[:start] != prompt:
                 return None
         else:
-            start = _share(alone, ids[plan.others[place]])
+            start = share_prefix(alone, ids[plan.others[place]])
         if start >= end or not self._is_glue(alone[end:]):
             return None
         closing = [at for at in range(start, end) if whole[at] in self._special]
@@ -267,7 +267,7 @@ def _require_calls(dialogue: Dialogue, text: str) -> None:
                 raise Garbled("a chat template that leaves out tool calls")
 
 
-def _share(one: list[int], other: list[int]) -> int:
+def share_prefix(one: list[int], other: list[int]) -> int:
     """Length of the longest prefix that both have."""
     shortest = min(len(one), len(other))
     differ = np.flatnonzero(np.asarray(one[:shortest]) != np.asarray(other[:shortest]))

@@ -24,6 +24,7 @@ from raylign.data.instructions import (
     recognise,
 )
 from raylign.data.rows import read_rows
+from raylign.models.loading import require_chat_template
 
 _CHUNK = 512
 # So many rows tell which columns a file has.
@@ -113,6 +114,13 @@ def require_enough(file: Path, found: Demonstrations, max_share: float) -> None:
     )
 
 
+def find_source(file: Path, row: int, format: str) -> Dialogue | Continuation:
+    """What a usable row of a file demonstrates."""
+    found = next(each for number, each in read_rows(file, _WHAT) if number == row)
+    assert isinstance(found, dict)
+    return parse_row(found, format)
+
+
 def write_rejections(rejected: Iterable[Rejection], file: Path) -> None:
     """Write {"row", "reason"} as JSON lines, in the order of the rows."""
     lines = (json.dumps({"row": each.row, "reason": each.reason}) for each in rejected)
@@ -170,6 +178,13 @@ class _Reader:
         ]
         dialogues = [found for found in parsed if isinstance(found, Dialogue)]
         plain = [found for found in parsed if isinstance(found, Continuation)]
+        if dialogues:
+            require_chat_template(self._tokenizer, self._tokenizer.name_or_path)
+        if plain and self._train_on != ("assistant",):
+            raise UserError(
+                f"train_on={', '.join(self._train_on)} has no effect on plain prompts and "
+                "completions, which have no roles; leave it out, or give messages"
+            )
         rendered = iter(encode_dialogues(dialogues, self._tokenizer, self._train_on))
         continued = iter(encode_continuations(plain, self._tokenizer))
         for (number, _), found in zip(chunk, parsed, strict=True):
