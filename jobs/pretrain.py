@@ -57,8 +57,8 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
                 f"shards {shards} were made with another tokenizer than {tokenizer}; name theirs "
                 "in pretrain.tokenizer, or prepare the shards again"
             )
-        model = choose_model(start, tokenizer, rows)
         length = check_length(config, rows)
+        model = choose_model(start, tokenizer, rows, length)
         task = plan(
             recipe.seed,
             config,
@@ -77,9 +77,10 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
 
 
 def choose_model(
-    start: ModelConfig | Path, tokenizer: Path, rows: PackedShards
+    start: ModelConfig | Path, tokenizer: Path, rows: PackedShards, length: int
 ) -> PreTrainedConfig:
-    """Configuration of the model to train; raises `UserError` when it does not fit the shards."""
+    """Configuration of the model to train on `rows` in pieces of `length` tokens; raises
+    `UserError` when it does not fit them."""
     if isinstance(start, ModelConfig):
         loaded = load_tokenizer(tokenizer)
         model = build_config(start, len(loaded), pad_id=pad_id(loaded), eos_id=loaded.eos_token_id)
@@ -88,10 +89,10 @@ def choose_model(
         model = load_config(start)
         context = f"the context of {start}"
     vocabulary = model.vocab_size
-    if rows.sequence_length > model.max_position_embeddings:
+    if length > model.max_position_embeddings:
         raise UserError(
-            f"{context}={model.max_position_embeddings} is shorter than the shards' rows of "
-            f"{rows.sequence_length} tokens; raise it, or lower prepare.sequence_length"
+            f"{context}={model.max_position_embeddings} is shorter than rows of {length} tokens; "
+            "raise it, or lower pretrain.sequence_length or prepare.sequence_length"
         )
     if rows.vocab_size > vocabulary:
         raise UserError(

@@ -45,7 +45,7 @@ CONFINED = {
         "jobs*",
     ),
     "vllm": ("raylign.inference.vllm_generator",),
-    "deepspeed": ("raylign.training.deepspeed_engine",),
+    "deepspeed": ("raylign.training.deepspeed*",),
 }
 # Heavy files, and the one factory that imports each when asked for.
 LAZY = {
@@ -59,6 +59,7 @@ BROAD_HANDLERS = {
     "raylign.rewards.scoring": "a user's reward function may raise anything; it is counted",
     "raylign.inference.serving": "the edge of the generator's thread: waiting callers must hear",
     "raylign.training.supervised": "the edge of the fitting thread: the main one raises it",
+    "jobs.tune": "the edge of two threads: a trial's job, and the search",
     "actors.controller": "whatever ends the run, its tasks are cancelled before it is raised again",
 }
 
