@@ -14,11 +14,13 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raylign.config import UserError
+from raylign.data.comparisons.display import render_comparison
 from raylign.data.comparisons.encoding import Answer, Compared, part, shorten
 from raylign.data.comparisons.reading import (
     Comparisons,
     Wanted,
     read_comparisons,
+    require_enough,
     write_rejections,
 )
 from raylign.data.instructions import UnusableError
@@ -54,8 +56,13 @@ def write(directory: Path, *rows: Any) -> Path:
 
 @pytest.fixture
 def read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Any:
-    def run(*rows: Any, wanted: Wanted = PAIRS, **more: Any) -> Comparisons:
-        return read_comparisons(write(tmp_path, *rows), tokenizer, replace(wanted, **more))
+    def run(
+        *rows: Any, wanted: Wanted = PAIRS, max_rejected_share: float = 0.05, **more: Any
+    ) -> Comparisons:
+        file = write(tmp_path, *rows)
+        found = read_comparisons(file, tokenizer, replace(wanted, **more))
+        require_enough(file, found, max_rejected_share, "preference")
+        return found
 
     return run
 
@@ -206,6 +213,22 @@ def test_files_of_every_kind(suffix: str, tokenizer: Any, tmp_path: Path) -> Non
 
 
 GOOD = SPELLINGS["conversational"][1]
+
+
+def test_examples_are_shown_token_by_token(read: Any, tokenizer: Any) -> None:
+    item = read(GOOD).items[0]
+    lines = list(render_comparison(item, tokenizer))
+    assert [scored for _, scored in lines] == [False] * 4 + [True] * 5
+    assert lines[0][0] == "prompt       0               2  '<user>'"
+    assert lines[-1][0] == "rejected     2  score        1  '<eos>'"
+    scores = [line for line, scored in render_comparison(item, tokenizer, at_end=0) if scored]
+    assert [line.split()[:2] for line in scores] == [["chosen", "1"], ["rejected", "2"]]
+    steps = {"prompt": "w1", "completions": ["w2", "w3"], "labels": [True, False]}
+    item = read(steps, kind="steps", separator="w9").items[0]
+    signs = [line.split()[2] for line, scored in render_comparison(item, tokenizer) if scored]
+    assert signs == ["score", "wrong"]
+
+
 FAULTS: dict[str, dict[str, Any]] = {
     "no `rejected` column": {"prompt": say("w1"), "chosen": answer("w2")},
     "`chosen` and `rejected` that are the same": {**GOOD, "rejected": GOOD["chosen"]},

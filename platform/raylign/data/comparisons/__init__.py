@@ -5,6 +5,20 @@ token by token.
 """
 
 from raylign.data.comparisons.encoding import Answer, Compared
-from raylign.data.comparisons.reading import Comparisons, read_comparisons
+from raylign.data.comparisons.reading import (
+    Comparisons,
+    Wanted,
+    read_comparisons,
+    require_enough,
+    write_rejections,
+)
 
-__all__ = ["Answer", "Compared", "Comparisons", "read_comparisons"]
+__all__ = [
+    "Answer",
+    "Compared",
+    "Comparisons",
+    "Wanted",
+    "read_comparisons",
+    "require_enough",
+    "write_rejections",
+]

@@ -48,7 +48,6 @@ class Wanted:
     format: str = "auto"
     separator: str = "\n"
     """What closes a step."""
-    max_rejected_share: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,24 +73,29 @@ class Comparisons:
 def read_comparisons(file: Path, tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> Comparisons:
     """Comparisons of a file of JSON lines, a JSON array or Parquet, as tokens.
 
-    Unusable rows are counted with their reason. Raises `UserError` when there is no such file, its
-    columns are of no format or not of the wanted kind, a chat template is needed and missing,
-    nothing is left, or more than `max_rejected_share` of the rows are unusable.
+    Unusable rows are counted with their reason; `require_enough` judges their number. Raises
+    `UserError` when there is no such file, its columns are of no format or not of the wanted kind,
+    or a chat template is needed and missing.
     """
     format = _choose_format(file, wanted)
     reader = _Reader(file, tokenizer, wanted, format)
     rows = read_rows(file, _WHAT)
     while chunk := list(islice(rows, _CHUNK)):
         reader.add(chunk)
-    found = Comparisons(reader.items, reader.rejected, format, reader.rows, reader.truncated)
+    return Comparisons(reader.items, reader.rejected, format, reader.rows, reader.truncated)
+
+
+def require_enough(file: Path, found: Comparisons, max_share: float, key: str) -> None:
+    """Raises `UserError`, naming the recipe's `key`, when no row can be used, or more than
+    `max_share` of them cannot."""
     total = found.rows + len(found.rejected)
-    if not found.rows or len(found.rejected) > wanted.max_rejected_share * total:
-        raise UserError(
-            f"{_WHAT} {file}: {len(found.rejected):,} of {total:,} rows cannot be used: "
-            f"{'; '.join(found.describe()[:3])}; put them right, take them out, or raise "
-            f"{wanted.key}.max_rejected_share"
-        )
-    return found
+    if found.rows and len(found.rejected) <= max_share * total:
+        return
+    raise UserError(
+        f"{_WHAT} {file}: {len(found.rejected):,} of {total:,} rows cannot be used: "
+        f"{'; '.join(found.describe()[:3])}; put them right, take them out, or raise "
+        f"{key}.max_rejected_share"
+    )
 
 
 def write_rejections(rejected: Sequence[Rejection], file: Path) -> None:
