@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +19,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
 
 import deepspeed
+from deepspeed.utils import groups
 
 from raylign.config import EngineConfig, OptimizerConfig
 from raylign.models.enclosure import Enclosure
+from raylign.models.sequence import share_sequences
 from raylign.training import passes
+from raylign.training.deepspeed_settings import describe
+from raylign.training.deepspeed_state import inner_optimizer, list_shards, refresh
+from raylign.training.deepspeed_tensor import gather_whole, list_cuts, measure_norm, require_known
 from raylign.training.engine import build_optimizer, require_finite
+from raylign.training.fragments import Fragment, Place, Shard, StoredState, fill_shards, read_shards
 from raylign.training.sums import LossFunction, Measurement, Sums
-
-TAG = "state"
+from raylign.training.topology import Topology, arrange, require_divisible
 
 
 class DeepSpeedEngine:
@@ -44,10 +48,20 @@ class DeepSpeedEngine:
         deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
         _ensure_process_group(config.timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.data_rank, self.data_ranks = self.rank, self.world_size
-        self.lm, self.whole = model, config.zero_stage < 3
+        topology = arrange(config, self.world_size)
+        self.data_rank, self.data_ranks = topology.place(self.rank, "data"), topology.data
+        self._first = self.rank < topology.tensor  # of those with the same rows and weights
+        self._data = topology.open_group(config.timeout_s, "data")
+        self.lm = model
+        self.whole = config.zero_stage < 3 and topology.tensor == topology.sequence == 1
         self._stage = config.zero_stage
         self._norm: float | None = None
+        if topology.tensor > 1:
+            require_known(model)
+        if topology.tensor * topology.sequence > 1:
+            require_divisible(config, model.config)
+        self._share_sequences(topology, config.timeout_s)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
         client = build_optimizer(model.parameters(), optimizer)
         if self._stage == 0:
             self._clip_in(client, optimizer.clip)
@@ -58,20 +72,39 @@ class DeepSpeedEngine:
             # The head's weight is used by bodies, outside the module that owns it.
             head = model.get_output_embeddings()
             deepspeed.zero.register_external_parameter(enclosure, head.weight)
+        # The groups of an engine before this one: DeepSpeed would go on using them.
+        groups._release_process_group_references()
         self._deepspeed, *_ = deepspeed.initialize(
             model=enclosure,
             optimizer=client,
-            config=_settings(config, model, 0.0 if self._stage == 0 else optimizer.clip),
+            config=describe(config, model, 0.0 if self._stage == 0 else optimizer.clip),
         )
         self.module: nn.Module = self._deepspeed
         self.device = torch.device(self._deepspeed.device)
+        self._tensor: dist.ProcessGroup | None = None
+        if topology.tensor > 1:
+            self._tensor = groups.get_tensor_model_parallel_group()
+            # It pickles the first inputs and compares them by ==, which arrays do not have.
+            self._deepspeed.first_dataloader_check.remove()
+        if self._stage < 3:
+            self._cuts = list_cuts(model, shapes, topology.place(self.rank, "tensor"))
         # DeepSpeed makes groups of its own, with torch's timeout of half an hour.
-        group = self._deepspeed.seq_data_parallel_group
-        _set_pg_timeout(timedelta(seconds=config.timeout_s), group)
+        for group in (self._deepspeed.seq_data_parallel_group, self._tensor):
+            if group is not None:
+                _set_pg_timeout(timedelta(seconds=config.timeout_s), group)
+
+    def _share_sequences(self, topology: Topology, timeout_s: float) -> None:
+        group = topology.open_group(timeout_s, "sequence")
+        if group is not None:
+            shape, tensor = self.lm.config, topology.tensor
+            heads = shape.num_attention_heads
+            kv_heads = getattr(shape, "num_key_value_heads", None) or heads
+            share_sequences(self.lm, group, heads // tensor, kv_heads // tensor)
 
     def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over ranks; the loss carries its global denominator already.
-        self._deepspeed.backward(loss * self.world_size)
+        # DeepSpeed averages over the ranks of which each has the gradient of its own loss; the loss
+        # carries its global denominator already, and all ranks of a sequence compute the same.
+        self._deepspeed.backward(loss * self.data_ranks)
 
     def step(self, lr: float) -> float:
         for group in self._deepspeed.optimizer.param_groups:
@@ -89,26 +122,36 @@ class DeepSpeedEngine:
         return passes.measure(self, batches, function)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(values)
+        if self._data is not None:
+            dist.all_reduce(values, group=self._data)
         return values
 
     def weights(self) -> dict[str, torch.Tensor]:
         if self._stage < 3:
-            return {name: p.detach() for name, p in self.lm.named_parameters()}
+            return {
+                name: gather_whole(p.detach(), self._cuts[name], self._tensor)
+                for name, p in self.lm.named_parameters()
+            }
         whole = {}
         for name, parameter in self.lm.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 whole[name] = parameter.detach().clone()
         return whole
 
-    def save(self, directory: Path) -> None:
-        self._deepspeed.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+    def fragments(self) -> list[Fragment]:
+        if self._stage == 0 and not self._first:
+            return []
+        return read_shards(self._shards(), inner_optimizer(self._deepspeed.optimizer).state)
 
-    def load(self, directory: Path) -> None:
-        path, _ = self._deepspeed.load_checkpoint(str(directory), tag=TAG)
-        if path is None:
-            raise FileNotFoundError(f"{directory} holds no checkpoint of {self.world_size} ranks")
+    def restore(self, stored: StoredState) -> None:
+        fill_shards(self._shards(), inner_optimizer(self._deepspeed.optimizer), stored)
+        refresh(self._deepspeed.optimizer)
+
+    def _shards(self) -> list[Shard]:
+        cuts = {} if self._stage == 3 else self._cuts
+        places = {n: Place(cut.shape, cut.dim, cut.start, cut.stop) for n, cut in cuts.items()}
+        parameters = dict(self.lm.named_parameters())
+        return list(list_shards(self._deepspeed.optimizer, parameters, places))
 
     def _clip_in(self, client: torch.optim.Optimizer, clip: float) -> None:
         """Without ZeRO, DeepSpeed clips but does not tell the norm; so do both here, after it has
@@ -116,8 +159,10 @@ class DeepSpeedEngine:
 
         def clip_gradients(stepping: torch.optim.Optimizer, *_: Any) -> None:
             parameters = [p for group in stepping.param_groups for p in group["params"]]
-            self._norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+            norm = measure_norm(parameters, self._tensor)
+            self._norm = float(norm)
             require_finite(self._norm)
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
 
         client.register_step_pre_hook(clip_gradients)
 
@@ -129,33 +174,6 @@ class DeepSpeedEngine:
             require_finite(float(self._deepspeed.optimizer._global_grad_norm))
 
         client.register_step_pre_hook(check)
-
-
-def _settings(config: EngineConfig, model: nn.Module, clip: float) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
-    numel = sum(p.numel() for p in model.parameters())
-    bucket = min(numel, 2**27)  # the default allocates 5e8 numbers whatever the model
-    settings: dict[str, Any] = {
-        # Nominal: micro-batches vary in size and number, and step() alone ends an accumulation.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": clip,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "log_level": "error",
-    }
-    if config.dtype == "bfloat16":
-        settings["bf16"] = {"enabled": True}
-        if config.zero_stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
 
 
 def _ensure_process_group(timeout_s: float) -> None:
