@@ -23,6 +23,7 @@ from raylign.run import write_json
 from raylign.runtime import disconnect
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, read_lines
 from raylign.training.loop import SupervisedLoop, SupervisedTask
+from raylign.training.topology import arrange
 
 POLL_S = 0.5
 
@@ -39,6 +40,7 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     Goes on from the newest checkpoint there. Returns the summary of the run.
     Raises `UserError` for what the user can put right, a group that keeps dying included.
     """
+    arrange(task.engine, workers.count, f"{task.name}.engine")
     _require_room(task.name, workers)
     (task.output / _REFUSAL).unlink(missing_ok=True)
     outcome = _Outcome()

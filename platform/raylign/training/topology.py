@@ -120,15 +120,20 @@ def _refuse_combinations(config: EngineConfig, where: str) -> None:
 def _list_refusals(config: EngineConfig) -> Iterable[tuple[bool, str]]:
     """Whether something is wrong, and which key, why, and the remedy."""
     offload, stage = config.offload, config.zero_stage
-    axes = {
-        name: size
-        for name in ("tensor_parallel", "sequence_parallel", "pipeline_parallel")
-        if (size := getattr(config, name)) > 1
-    }
-    first = "".join(f"{name}={size}" for name, size in itertools.islice(axes.items(), 1))
-    torch = config.backend == "torch"
-    yield torch and bool(axes), f"{first} needs backend=deepspeed; torch is plain replicas"
-    yield torch and offload != "none", f"offload={offload} needs backend=deepspeed"
+    tensor, sequence, pipeline = (
+        config.tensor_parallel,
+        config.sequence_parallel,
+        config.pipeline_parallel,
+    )
+    if config.backend == "torch":
+        needs = "needs backend=deepspeed; torch is plain replicas"
+        yield tensor > 1, f"tensor_parallel={tensor} {needs}"
+        yield sequence > 1, f"sequence_parallel={sequence} {needs}"
+        yield offload != "none", f"offload={offload} {needs}"
+    yield (
+        pipeline > 1 and offload != "none",
+        f"offload={offload} cannot be combined with pipeline_parallel={pipeline}; set it to none",
+    )
     yield (
         offload == "optimizer" and stage == 0,
         "offload=optimizer moves what ZeRO partitions; set zero_stage to 1, 2 or 3",
@@ -137,11 +142,6 @@ def _list_refusals(config: EngineConfig) -> Iterable[tuple[bool, str]]:
         offload == "all" and stage != 3,
         f"offload=all moves weights that zero_stage=3 partitions, not zero_stage={stage}; set it "
         "to 3, or offload to optimizer",
-    )
-    tensor, sequence, pipeline = (
-        config.tensor_parallel,
-        config.sequence_parallel,
-        config.pipeline_parallel,
     )
     yield (
         tensor > 1 and stage == 3,
