@@ -8,9 +8,12 @@ from typing import Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from raylign.config import AdapterConfig
+from raylign.config import AdapterConfig, UserError
 from raylign.config.training import PeftKind
-from raylign.models.loading import initialise, load_model
+from raylign.models.adapters import adapt
+from raylign.models.folding import require_foldable
+from raylign.models.heads import build_scorer
+from raylign.models.loading import DTYPES, initialise, load_model
 
 Head = Literal["language", "score", "steps"]
 
@@ -27,9 +30,33 @@ class ModelPlan:
     """Next tokens; one score a text; one a step."""
     peft: PeftKind = "none"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    base: str | None = None
+    """What a saved adapter calls the model it adapts; the directory when not given."""
+    dtype: str = "float32"
+    """What the engine computes in: qlora keeps its quantised weights for that."""
 
     def build(self) -> PreTrainedModel:
-        """The model, in float32 on the CPU."""
+        """The model on the CPU in float32; of qlora where it is trained, in `dtype`.
+
+        Raises `UserError` for an adapter that does not fit the model.
+        """
+        if self.peft == "none":
+            return self._load("float32")
+        if isinstance(self.start, PreTrainedConfig):
+            raise UserError(
+                f"peft={self.peft}: an adapter needs a model that has learnt something; name its "
+                "directory or hub name in model"
+            )
+        lm = self._load(self.dtype if self.peft == "qlora" else "float32")
+        return adapt(lm, self.peft, self.adapter, self.seed, self.base or str(self.start))
+
+    def _load(self, dtype: str) -> PreTrainedModel:
         if isinstance(self.start, PreTrainedConfig):
             return initialise(self.start, self.seed)
-        return load_model(self.start)
+        if self.head == "language":
+            lm = load_model(self.start, dtype)
+        else:
+            lm = build_scorer(self.start, self.head, self.seed)
+            lm.to(DTYPES[dtype])
+        require_foldable(lm)
+        return lm

@@ -1,0 +1,205 @@
+"""Adapters folded into the weights they adapt, and adapters read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raylign.config import UserError
+from raylign.models.adapters import (
+    CONFIG_FILE,
+    QUANTIZATION_FILE,
+    WEIGHTS_FILE,
+)
+from raylign.models.hub import locate_model
+from raylign.models.prompts import NAME, VirtualTokens
+from raylign.models.quantization import dequantize, is_quantized, quantize, read_weight
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes partitioned parameters whole inside a block."""
+
+
+def plain_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[str, torch.Tensor]:
+    """All weights as a plain model has them: adapters folded in, quantised ones dequantised, tied
+    ones once, virtual tokens left out. What nothing was done to shares memory with `lm`, unless it
+    had to be gathered."""
+    return dict(_walk(lm, "", gather, set()))
+
+
+def trained_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, whole, by their name in `lm`."""
+    return {
+        name: _read(parameter, gather)
+        for name, parameter in lm.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _walk(
+    module: nn.Module, prefix: str, gather: Gather | None, seen: set[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(module, BaseTunerLayer) or is_quantized(module):
+        parameters = list(module.parameters())
+        with nullcontext() if gather is None else gather(parameters):
+            weight, bias = fold(module)
+            if gather is not None:
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
+        yield f"{prefix}weight", weight
+        if bias is not None:
+            yield f"{prefix}bias", bias
+        return
+    if isinstance(module, VirtualTokens):
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield f"{prefix}{name}", _read(parameter, gather)
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}{name}.", gather, seen)
+
+
+def _read(parameter: nn.Parameter, gather: Gather | None) -> torch.Tensor:
+    if gather is None:
+        return parameter.detach()
+    with gather([parameter]):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def fold(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the plain matrix that computes what an adapted one does, without dropout.
+
+    DoRA: every row of W + delta is scaled to its learned length (Liu et al., 2024, equation 5).
+    """
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight, bias = read_weight(base), base.bias
+    if base is not module:
+        name = module.active_adapters[0]
+        weight = weight + module.get_delta_weight(name).to(weight.dtype)
+        if name in getattr(module, "lora_magnitude_vector", {}):
+            lengths = torch.linalg.norm(weight, dim=1)
+            weight = weight * (module.lora_magnitude_vector[name].weight / lengths)[:, None]
+    return weight, None if bias is None else bias.detach()
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter in peft's form."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def read_base(path: Path, base: str | None = None) -> str:
+    """The model that the adapter in `path` was trained on, or `base` where it is given."""
+    named = base or read_form(path).get("base_model_name_or_path")
+    if not named:
+        raise UserError(
+            f"adapter {path} does not say which model it adapts; name it in merge.model"
+        )
+    return str(named)
+
+
+def read_form(path: Path) -> dict[str, Any]:
+    """The adapter's configuration; raises `UserError` when there is none, or it is damaged."""
+    try:
+        form: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no adapter: {CONFIG_FILE} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG_FILE} is not valid JSON: {error}") from None
+    if not (path / WEIGHTS_FILE).is_file():
+        raise UserError(f"adapter {path} has no {WEIGHTS_FILE}; save it in safetensors format")
+    return form
+
+
+def read_quantization(path: Path) -> dict[str, str] | None:
+    """How the base of the adapter in `path` was quantised while it was trained."""
+    file = path / QUANTIZATION_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def attach_adapter(lm: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """`lm`, the base, with the adapter in `path` on top: the model that was trained, frozen.
+
+    A base that was quantised for training is quantised again. Raises `UserError` when the adapter
+    does not fit.
+    """
+    form = read_form(path)
+    quantization = read_quantization(path)
+    if quantization is not None:
+        lm.to(getattr(torch, quantization["dtype"]))
+        quantize(lm, quantization["type"])  # type: ignore[arg-type]
+    if form["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING"):
+        return _attach_tokens(lm, path, form)
+    from peft import PeftModel
+
+    try:
+        tuner = PeftModel.from_pretrained(lm, str(path), autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"adapter {path} does not fit its base: {reason}") from None
+    lm.requires_grad_(False)
+    adapted = tuner.get_base_model()
+    assert adapted is lm
+    return lm.eval()
+
+
+def fold_into(lm: PreTrainedModel) -> PreTrainedModel:
+    """`lm` itself, every adapted or quantised matrix replaced by a plain one. Raises `UserError`
+    for virtual tokens."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    require_foldable(lm)
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            weight, bias = fold(module)
+            base = module.get_base_layer()
+            if is_quantized(base):
+                base = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+                base.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+            base.weight = nn.Parameter(weight)
+            place, _, child = name.rpartition(".")
+            setattr(lm.get_submodule(place), child, base)
+    dequantize(lm)
+    for mark in ("peft_config", "adaptation"):
+        lm.__dict__.pop(mark, None)
+    return lm
+
+
+def require_foldable(lm: nn.Module) -> None:
+    """Raises `UserError` for a model with virtual tokens."""
+    tokens = getattr(lm, NAME, None)
+    if isinstance(tokens, VirtualTokens):
+        raise UserError(
+            f"a {tokens.kind} adapter is text in front, not a change of weights, and cannot be "
+            "folded into a model; use its directory, adapter/, with transformers and peft"
+        )
+
+
+def load_adapted(path: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+    """The base that the adapter in `path` names, read by `load`, with the adapter folded in; or,
+    where that cannot be, on top."""
+    lm = attach_adapter(load(locate_model(read_base(path), f"the base of {path}")), path)
+    return lm if hasattr(lm, NAME) else fold_into(lm)
+
+
+def _attach_tokens(lm: PreTrainedModel, path: Path, form: dict[str, Any]) -> PreTrainedModel:
+    from safetensors.torch import load_file
+
+    kind = "prefix" if form["peft_type"] == "PREFIX_TUNING" else "prompt"
+    learned = load_file(path / WEIGHTS_FILE).get("prompt_embeddings")
+    tokens = VirtualTokens(lm, kind, form["num_virtual_tokens"])  # type: ignore[arg-type]
+    if learned is None or learned.shape != tokens.embedding.weight.shape:
+        raise UserError(f"adapter {path} does not fit its base: its {kind} has another shape")
+    with torch.no_grad():
+        tokens.embedding.weight.copy_(learned)
+    tokens.attach(lm)
+    lm.requires_grad_(False)
+    return lm.eval()

@@ -1,0 +1,101 @@
+"""Frozen weights in 4 or 8 bits by bitsandbytes (QLoRA; Dettmers et al., 2023), on any device.
+
+What the matrices become is a function of the weights they were, so nothing quantised is ever saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
+def quantize(lm: PreTrainedModel, kind: Quantization) -> None:
+    """Replace the decoder's matrices, in place, on the GPU if there is one; embeddings, norms and
+    heads stay as they are. 4-bit kinds quantise the block scales as well."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = lm.get_decoder()
+    for name, module in list(decoder.named_modules()):
+        if type(module) is nn.Linear:
+            place, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(place), child, _quantize_linear(module, kind, device))
+    if device.type != "cpu":
+        lm.to(device)
+    # By these peft knows which of its layers to wrap around ours.
+    setattr(lm, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+
+
+def dequantize(lm: PreTrainedModel) -> None:
+    """Put plain matrices, of the values that the quantised ones stand for, back in place."""
+    for name, module in list(lm.named_modules()):
+        if is_quantized(module):
+            place, _, child = name.rpartition(".")
+            weight = read_weight(module)
+            linear = nn.Linear(
+                weight.shape[1], weight.shape[0], module.bias is not None, device="meta"
+            )
+            linear.weight = nn.Parameter(weight)
+            linear.bias = module.bias
+            setattr(lm.get_submodule(place), child, linear)
+    for mark in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if hasattr(lm, mark):
+            delattr(lm, mark)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a matrix of `quantize`."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def read_weight(module: Any) -> torch.Tensor:
+    """[out, in]: the weight of a matrix, dequantised where it is quantised."""
+    weight = module.weight
+    if not is_quantized(module):
+        plain: torch.Tensor = weight.detach()
+        return plain
+    from bitsandbytes.functional import dequantize_4bit
+
+    if type(weight).__name__ == "Params4bit":
+        whole: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return whole
+    # After its first call the layer keeps the scales, of rows, elsewhere.
+    scales = weight.SCB if module.state.SCB is None else module.state.SCB
+    scaled: torch.Tensor = weight.data * (scales.view(-1, 1) / 127)
+    return scaled
+
+
+def count_weights(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for, whatever they are stored in."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())
+
+
+def _quantize_linear(linear: nn.Linear, kind: Quantization, device: torch.device) -> nn.Module:
+    # It warns at every call in 8 bits, and of a slower (and exact) way to compute on CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    size = (linear.in_features, linear.out_features, linear.bias is not None)
+    made: Any
+    if kind == "int8":
+        made = Linear8bitLt(*size, has_fp16_weights=False, device="meta")
+        made.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        made = Linear4bit(*size, compress_statistics=True, quant_type=kind, device="meta")
+        made.weight = Params4bit(
+            linear.weight.data,
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type=kind,
+            module=made,
+        )
+        # On some CPUs it would repack its weights for inference, and compute in bfloat16.
+        made.support_avx512bf16_for_cpu = False
+    made.bias = linear.bias
+    quantized: nn.Module = made.to(device)
+    return quantized
