@@ -54,6 +54,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     stage = section(recipe, config.stage, TrainingConfig)
     check_search(config)
     check_values(recipe, config)
+    steps = _planned_steps(recipe, config)
     before = STAGES[: STAGES.index(config.stage)]
     parents = {
         name: found.manifest.content for name in before if (found := run.find(name)) is not None
@@ -61,7 +62,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
 
     def build(draft: Draft) -> None:
         storage = draft.path / TRIALS
-        trials = watch(recipe, config, run, storage, board)
+        trials = watch(recipe, config, steps, run, storage, board)
         rows = [collect(trial, storage / trial.name, config.stage) for trial in trials]
         best = best_trial(trials, config)
         keep(recipe, config, best, storage, draft)
@@ -100,11 +101,15 @@ def list_ends(values: RangeConfig) -> tuple[float, float]:
 
 
 def watch(
-    recipe: Recipe, config: TuneConfig, run: Run, storage: Path, board: ProgressBoard
+    recipe: Recipe,
+    config: TuneConfig,
+    steps: int,
+    run: Run,
+    storage: Path,
+    board: ProgressBoard,
 ) -> list[Trial]:
     """Search in a thread, and show how far it is: Ray Tune would take over Ctrl-C in this one."""
     outcome: dict[str, Any] = {}
-    steps = _planned_steps(recipe, config)
     function = StageTrial(recipe, config, run.root)
     seed = derive_seed(recipe.seed, "tune")
 
