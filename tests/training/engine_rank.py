@@ -20,6 +20,7 @@ from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
 from raylign.models.presets import build_config
 from raylign.training.engine import Engine, build_engine
+from raylign.training.fragments import StoredState, write_part
 from raylign.training.objectives import score_text
 
 VOCABULARY, ROWS, LENGTH, STEPS = 64, 8, 16, 4
@@ -68,15 +69,23 @@ def build(config: EngineConfig, seed: int) -> Engine:
     return build_engine(config, model, OPTIMIZER)
 
 
+def save_state(engine: Engine, directory: Path) -> None:
+    """Every rank its own part, on disk when this returns."""
+    directory.mkdir(exist_ok=True)
+    write_part(engine.fragments(), directory / f"rank-{engine.rank}.safetensors")
+    if engine.world_size > 1:
+        dist.barrier()
+
+
 def run_case(case: Case, directory: Path) -> dict[str, Any]:
     """Losses, gradient norms and final weights."""
     engine = build(case.engine, seed=7)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         if case.interrupt and step == 2:
-            engine.save(directory)
+            save_state(engine, directory)
             engine = build(case.engine, seed=8)
-            engine.load(directory)
+            engine.restore(StoredState(directory))
         tokens, trained = draw_batch(step)
         mine = slice(
             engine.rank * ROWS // engine.world_size, (engine.rank + 1) * ROWS // engine.world_size

@@ -22,13 +22,15 @@ import deepspeed
 from deepspeed.utils import groups
 
 from raylign.config import EngineConfig, OptimizerConfig
+from raylign.models.adapters import find_adaptation
 from raylign.models.enclosure import Enclosure
+from raylign.models.folding import plain_weights, trained_weights
 from raylign.models.sequence import share_sequences
 from raylign.training import passes
 from raylign.training.deepspeed_settings import describe
 from raylign.training.deepspeed_state import inner_optimizer, list_shards, refresh
 from raylign.training.deepspeed_tensor import gather_whole, list_cuts, measure_norm, require_known
-from raylign.training.engine import build_optimizer, require_finite
+from raylign.training.engine import build_optimizer, require_finite, set_rate
 from raylign.training.fragments import Fragment, Place, Shard, StoredState, fill_shards, read_shards
 from raylign.training.sums import LossFunction, Measurement, Sums
 from raylign.training.topology import Topology, arrange, require_divisible
@@ -56,6 +58,7 @@ class DeepSpeedEngine:
         self.whole = config.zero_stage < 3 and topology.tensor == topology.sequence == 1
         self._stage = config.zero_stage
         self._norm: float | None = None
+        self._tensor: dist.ProcessGroup | None = None
         if topology.tensor > 1:
             require_known(model)
         if topology.tensor * topology.sequence > 1:
@@ -81,7 +84,6 @@ class DeepSpeedEngine:
         )
         self.module: nn.Module = self._deepspeed
         self.device = torch.device(self._deepspeed.device)
-        self._tensor: dist.ProcessGroup | None = None
         if topology.tensor > 1:
             self._tensor = groups.get_tensor_model_parallel_group()
             # It pickles the first inputs and compares them by ==, which arrays do not have.
@@ -107,8 +109,7 @@ class DeepSpeedEngine:
         self._deepspeed.backward(loss * self.data_ranks)
 
     def step(self, lr: float) -> float:
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._deepspeed.optimizer.param_groups, lr)
         self._deepspeed.step()
         norm = self._norm if self._stage == 0 else self._deepspeed.get_global_grad_norm()
         assert norm is not None
@@ -127,16 +128,20 @@ class DeepSpeedEngine:
         return values
 
     def weights(self) -> dict[str, torch.Tensor]:
-        if self._stage < 3:
-            return {
-                name: gather_whole(p.detach(), self._cuts[name], self._tensor)
-                for name, p in self.lm.named_parameters()
-            }
-        whole = {}
-        for name, parameter in self.lm.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole[name] = parameter.detach().clone()
-        return whole
+        if self._stage == 3:
+            return plain_weights(self.lm, deepspeed.zero.GatheredParameters)
+        if find_adaptation(self.lm):
+            return plain_weights(self.lm)
+        return {
+            name: gather_whole(p.detach(), self._cuts[name], self._tensor)
+            for name, p in self.lm.named_parameters()
+        }
+
+    def exportable(self) -> dict[str, torch.Tensor]:
+        if not find_adaptation(self.lm):
+            return self.weights()
+        gather = deepspeed.zero.GatheredParameters if self._stage == 3 else None
+        return trained_weights(self.lm, gather)
 
     def fragments(self) -> list[Fragment]:
         if self._stage == 0 and not self._first:

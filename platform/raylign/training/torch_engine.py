@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.config import EngineConfig, OptimizerConfig
+from raylign.models.adapters import find_adaptation
+from raylign.models.folding import plain_weights, trained_weights
 from raylign.models.loading import DTYPES
 from raylign.training import passes
-from raylign.training.engine import build_optimizer, require_finite
+from raylign.training.engine import build_optimizer, require_finite, set_rate
+from raylign.training.fragments import Fragment, StoredState, fill_shards, list_whole, read_shards
 from raylign.training.sums import LossFunction, Measurement, Sums
-
-STATE_FILE = "state.pt"
 
 
 class TorchEngine:
@@ -37,7 +37,7 @@ class TorchEngine:
         self._copies: list[nn.Parameter] = []
         if DTYPES[config.dtype] != torch.float32:
             kept = masters
-            masters = [nn.Parameter(p.detach().float().clone()) for p in kept]
+            masters = [_copy_master(p) for p in kept]
             model.to(DTYPES[config.dtype])
             self._copies = kept
         self._masters = masters
@@ -56,8 +56,7 @@ class TorchEngine:
             self._sum_over_ranks()
         norm = nn.utils.clip_grad_norm_(self._masters, self._clip)
         require_finite(float(norm))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._optimizer.param_groups, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._refresh_copies()
@@ -75,23 +74,23 @@ class TorchEngine:
         return values
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.lm.named_parameters()}
+        return plain_weights(self.lm)
 
-    def save(self, directory: Path) -> None:
-        if self.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            state = {"masters": self._masters, "optimizer": self._optimizer.state_dict()}
-            torch.save(state, directory / STATE_FILE)
-        self._wait()
+    def exportable(self) -> dict[str, torch.Tensor]:
+        return trained_weights(self.lm) if find_adaptation(self.lm) else self.weights()
 
-    def load(self, directory: Path) -> None:
-        self._wait()
-        state = torch.load(directory / STATE_FILE, map_location=self.device, weights_only=True)
-        with torch.no_grad():
-            for master, saved in zip(self._masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self._optimizer.load_state_dict(state["optimizer"])
+    def fragments(self) -> list[Fragment]:
+        if self.rank > 0:
+            return []
+        return read_shards(list_whole(self._named_masters()), self._optimizer.state)
+
+    def restore(self, stored: StoredState) -> None:
+        fill_shards(list_whole(self._named_masters()), self._optimizer, stored)
         self._refresh_copies()
+
+    def _named_masters(self) -> dict[str, torch.Tensor]:
+        names = (name for name, p in self.lm.named_parameters() if p.requires_grad)
+        return dict(zip(names, self._masters, strict=True))
 
     def _sum_over_ranks(self) -> None:
         for p in self._masters:
@@ -110,6 +109,8 @@ class TorchEngine:
         for master, copy in zip(self._masters, self._copies, strict=False):
             copy.copy_(master)
 
-    def _wait(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+
+def _copy_master(parameter: nn.Parameter) -> nn.Parameter:
+    master = nn.Parameter(parameter.detach().float().clone())
+    vars(master).update(vars(parameter))  # `lr_scale`
+    return master
