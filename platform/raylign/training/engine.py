@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.config import EngineConfig, OptimizerConfig
+from raylign.training.fragments import Fragment, StoredState
 from raylign.training.sums import LossFunction, Measurement, Sums
 
 
@@ -67,18 +67,26 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All weights by Hugging Face name, whole on every rank, tied ones once. Collective.
+        """All weights by Hugging Face name, whole on every rank, tied ones once, as a plain model
+        has them: adapters folded in, quantised ones dequantised. Collective.
 
         They may share memory with the model: copy what must outlive the next step.
         """
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write weights, optimizer state and step count. Collective."""
+    def exportable(self) -> dict[str, torch.Tensor]:
+        """What `export_model` writes, whole on every rank: `weights`, but of an adapted model the
+        trained ones, by their name in `lm`. Collective; memory as of `weights`."""
         ...
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote at the same world size; training goes on exactly. Collective."""
+    def fragments(self) -> list[Fragment]:
+        """The trained weights and optimizer state that this rank owns; nothing is gathered. Over
+        all ranks they cover every trained weight. They share memory with the engine."""
+        ...
+
+    def restore(self, stored: StoredState) -> None:
+        """Go on from what engines have given as `fragments`, of whatever kind and however many
+        ranks: to the bit where they were the same. Collective."""
         ...
 
 
@@ -93,6 +101,10 @@ def build_engine(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    if config.pipeline_parallel > 1:
+        from raylign.training.pipeline_engine import PipelineEngine
+
+        return PipelineEngine(config, model, optimizer)
     if config.backend == "torch":
         from raylign.training.torch_engine import TorchEngine
 
@@ -111,16 +123,31 @@ def require_finite(norm: float) -> None:
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) that decays matrices and leaves vectors alone."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """AdamW (Loshchilov and Hutter, 2019) that decays matrices and leaves vectors alone.
+
+    A parameter's attribute `lr_scale`, 1 where there is none, multiplies its learning rate.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.requires_grad:
+            groups.setdefault((p.ndim < 2, getattr(p, "lr_scale", 1.0)), []).append(p)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
+        [
+            {
+                "params": groups[vectors, scale],
+                "weight_decay": 0.0 if vectors else config.weight_decay,
+                "lr": config.lr * scale,
+                "lr_scale": scale,
+            }
+            for vectors, scale in sorted(groups)
+        ],
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+
+
+def set_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """Give an optimizer's groups the learning rate of a step."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
