@@ -40,7 +40,7 @@ def plan(stage: str, root: Path = Path("/nowhere"), **sections: object) -> dict[
     return found
 
 
-@pytest.mark.parametrize("job", ["pretrain"])
+@pytest.mark.parametrize("job", ["pretrain", "sft"])
 def test_a_plan_imports_nothing_heavy(job: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"run: {tmp_path}/run\npretrain: {{model: gpt2-125m}}\nsft: {{}}\n"
