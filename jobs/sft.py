@@ -29,6 +29,7 @@ from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import (
     Conversation,
     Demonstrations,
+    closes_answers,
     read_demonstrations,
     require_enough,
     write_rejections,
@@ -45,6 +46,7 @@ from raylign.training.supervised import train
 
 _ROWS = ".rows"
 REJECTED_FILE = "rejected.jsonl"
+_PEEKED = 100
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -84,7 +86,9 @@ def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) ->
     found = read(config, data, tokenizer)
     if found.rows > 1:
         examples, _ = split(found.conversations, config.validation_share, recipe.seed)
-        print_examples(examples[: int(count)], data, found.format, describe(found), tokenizer)
+        print_examples(
+            examples[: int(count)], data, found.format, describe(found, tokenizer), tokenizer
+        )
     require_enough(data, found, config.max_rejected_share)
 
 
@@ -150,11 +154,11 @@ def prepare_rows(
         rejected=len(found.rejected),
         rejected_reasons=dict(reasons),
     )
-    for line in describe(found):
+    for line in describe(found, tokenizer):
         board.say(f"  {line}")
 
 
-def describe(found: Demonstrations) -> list[str]:
+def describe(found: Demonstrations, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What was found in the data, in lines."""
     tokens = sum(len(c.token_ids) for c in found.conversations)
     trained = sum(int(c.trained.sum()) for c in found.conversations)
@@ -167,6 +171,8 @@ def describe(found: Demonstrations) -> list[str]:
         lines.append(f"{split_up:,} more examples, where the chat template rewrites earlier turns")
     if found.truncated:
         lines.append(f"{found.truncated:,} cut at sequence_length")
+    if not any(closes_answers(each, tokenizer) for each in found.conversations[:_PEEKED]):
+        lines.append("no answer ends with a special token: the model will not learn to stop")
     return lines + [f"left out: {line}" for line in found.describe()]
 
 

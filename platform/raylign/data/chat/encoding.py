@@ -66,6 +66,12 @@ def encode_dialogues(
     return [plan if isinstance(plan, str) else encoder.compose(plan, ids) for plan in plans]
 
 
+def closes_answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the last that is trained is a special token, by which generation can stop."""
+    last = int(conversation.token_ids[np.flatnonzero(conversation.trained)[-1]])
+    return last in list_special_tokens(tokenizer).values()
+
+
 def encode_continuations(
     continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Conversation]:
@@ -221,7 +227,7 @@ class _Encoder:
             if not start <= len(prompt) < end:
                 raise Garbled("a chat template whose marks do not start where its prompts end")
             if place in plan.turns:
-                spans[place] = (len(prompt), end)
+                spans[place] = self._require_words(tokens, len(prompt), end)
         return spans
 
     def _locate(
@@ -245,9 +251,15 @@ class _Encoder:
             return None
         closing = [at for at in range(start, end) if whole[at] in self._special]
         if closing and self._is_glue(whole[closing[-1] : end]):
-            return start, closing[-1] + 1  # a line break after it is the template's
+            # A line break after it is the template's.
+            return self._require_words(whole, start, closing[-1] + 1)
         complete = end == len(alone) or place not in plan.prompts
-        return (start, end) if complete else None
+        return self._require_words(whole, start, end) if complete else None
+
+    def _require_words(self, tokens: list[int], start: int, end: int) -> Span:
+        if self._is_glue(tokens[start:end]):
+            raise Garbled("a chat template that leaves out what a message says")
+        return start, end
 
     def _is_glue(self, tokens: list[int]) -> bool:
         """Whether there are but special tokens and blanks."""
