@@ -82,14 +82,14 @@ def explain(recipe: Recipe, run: Run, stage: str) -> Iterator[tuple[str, str]]:
     check_arithmetic(config, blueprint, rows, stage)
     trainable = count_adapter(blueprint, config.peft, config.adapter, f"{stage}.adapter")
     if config.peft != "none":
-        trainable += blueprint.scores * blueprint.width  # a new head is learnt whole
+        trainable += blueprint.head if blueprint.scores else 0  # a new head is learnt whole
     outlook = Outlook(stage, config, blueprint, rows, trainable)
     yield from outlook.explain_model(source)
     yield from outlook.explain_batch()
     yield from outlook.explain_length()
     yield from outlook.explain_memory()
     yield from outlook.explain_disk(shutil.disk_usage(_find_existing(run.root)).free)
-    yield from outlook.explain_time(_find_speed(run, stage, blueprint), run.root)
+    yield from outlook.explain_time(_find_speed(run, stage, outlook), run.root)
 
 
 def find_blueprint(recipe: Recipe, run: Run, stage: str) -> tuple[Blueprint, str]:
@@ -110,8 +110,9 @@ def find_blueprint(recipe: Recipe, run: Run, stage: str) -> tuple[Blueprint, str
         blueprint, source = find_blueprint(recipe, run, BEFORE[stage])
     else:
         run.require(BEFORE[stage], BEFORE[stage])
-    if stage == "reward_model":
-        blueprint = dataclasses.replace(blueprint, scores=1)
+    if isinstance(config, RewardModelConfig):
+        steps = config.kind == "process"  # right and wrong, with a bias each
+        blueprint = dataclasses.replace(blueprint, scores=1 + steps, head_bias=steps)
     return blueprint, source
 
 
@@ -190,11 +191,13 @@ def find_rows(recipe: Recipe, run: Run, stage: str, config: TrainingConfig) -> R
         ) from None
 
 
-def _find_speed(run: Run, stage: str, blueprint: Blueprint) -> float | None:
-    """Tokens a second of an earlier run of this stage, finished or not."""
-    done = run.find(stage)
-    if done is not None and done.manifest.summary.get("parameters") != blueprint.total:
-        return None
+def _find_speed(run: Run, stage: str, outlook: Outlook) -> float | None:
+    """Tokens a second of an earlier run of this stage on such a model, finished or not."""
+    done, size = run.find(stage), outlook.blueprint.total
+    if done is not None:
+        found = done.manifest.summary.get("parameters")
+        if found not in (size, size + outlook.trainable):  # an adapter's are counted too
+            return None
     places = [run.root / stage, *run.root.glob(f".{stage}.*")]
     files = [place / METRICS_FILE for place in places if (place / METRICS_FILE).is_file()]
     measured = [

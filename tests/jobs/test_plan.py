@@ -225,6 +225,8 @@ def test_a_reward_model_has_a_score_in_place_of_a_vocabulary(tmp_path: Path) -> 
         return int(found[title].split()[0].rstrip(";").replace(",", ""))
 
     assert count(policy, "parameters") - count(scored, "parameters") == 70 * 16 - 16
+    steps = plan("reward_model", tmp_path, reward_model=keys | {"kind": "process"})
+    assert count(policy, "parameters") - count(steps, "parameters") == 70 * 16 - 2 * 17
     adapted = plan("reward_model", tmp_path, reward_model=keys | {"peft": "lora"})
     # Rank 16 on seven matrices, and the head, which is new.
     matrices = 4 * 32 + 3 * 48

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raylign.config import AdapterConfig, EngineConfig, ModelConfig, UserError
 from raylign.data.packing import attention_mask, positions
+from raylign.models.adapters import adapt
 from raylign.models.budget import Blueprint, count, count_adapter, count_flops
 from raylign.models.catalog import write_fields
 from raylign.models.enclosure import LOGIT_BYTES
@@ -92,7 +93,7 @@ NAMES = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
     ("q_proj", "v_proj"): ["q_proj", "v_proj"],
-    ("down_proj", "lm_head"): ["down_proj", "lm_head"],
+    ("layers.1.self_attn.k_proj", "mlp.up_proj"): ["layers.1.self_attn.k_proj", "mlp.up_proj"],
 }
 
 
@@ -117,6 +118,28 @@ def test_adapters_count_like_peft(kind: str, targets: str | tuple[str, ...]) -> 
             assert count_adapter(blueprint, same, adapter) == theirs
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gpt2", {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 50}),
+        ("gptj", {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 50, "rotary_dim": 4}),
+        ("qwen2", SMALL),
+    ],
+)
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp", ("c_proj", "k_proj")])
+def test_a_plan_counts_what_training_will(
+    kind: str, fields: dict[str, object], targets: str | tuple[str, ...]
+) -> None:
+    config = AutoConfig.for_model(kind, **fields)
+    if isinstance(targets, tuple):
+        targets = targets[:1] if kind == "gpt2" else targets[1:]
+    for method in ("lora",) if kind == "gpt2" else ("dora", "vera"):
+        chosen = AdapterConfig(targets=targets)
+        adapted = adapt(AutoModelForCausalLM.from_config(config), method, chosen, 0, "base")
+        learnt = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert count_adapter(count(config.to_dict()), method, chosen) == learnt
+
+
 @pytest.mark.parametrize("preset", ["tiny", "tiny-gptj"])
 def test_what_stands_before_the_text_counts_like_peft(preset: str) -> None:
     shape = ModelConfig(preset=preset)
@@ -130,7 +153,7 @@ def test_what_stands_before_the_text_counts_like_peft(preset: str) -> None:
 
 def test_a_target_that_is_not_there_is_named() -> None:
     adapter = AdapterConfig(targets=("q_proj", "wq"))
-    with pytest.raises(UserError, match=r"^sft.adapter.targets: a llama has no 'wq'; it has q_p"):
+    with pytest.raises(UserError, match=r"^sft.adapter.targets: a llama has no 'wq'; it has s"):
         count_adapter(describe(), "lora", adapter, "sft.adapter")
 
 

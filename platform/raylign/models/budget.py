@@ -22,8 +22,8 @@ class Matrix:
     """A linear map, one in each block."""
 
     name: str
-    """As its module is called, which adapters go by."""
-    part: Literal["attention", "mlp", "head"]
+    """As its module is called within the block, which adapters go by."""
+    part: Literal["attention", "mlp"]
     inputs: int
     outputs: int
     bias: bool = False
@@ -61,7 +61,7 @@ class Blueprint:
     gated: bool = True
     """The feed-forward block multiplies two projections (SwiGLU)."""
     scores: int = 0
-    """Outputs of a head without bias that stands in place of the vocabulary's; 0 for that."""
+    """Outputs of a head that stands in place of the vocabulary's; 0 for that."""
 
     @property
     def embedding(self) -> int:
@@ -72,7 +72,7 @@ class Blueprint:
     def head(self) -> int:
         """Numbers of the output embedding, beyond those it shares."""
         if self.scores:
-            return self.scores * self.width
+            return self.scores * (self.width + self.head_bias)
         own = 0 if self.tied else self.vocab_size * self.width
         return own + self.vocab_size * self.head_bias
 
@@ -141,9 +141,10 @@ def count_adapter(
             return length * blueprint.width
         return length * blueprint.layers * 2 * blueprint.kv_heads * blueprint.head_size
     rank = adapter.rank or {"vera": 64, "loha": 8}.get(kind, 16)
+    times = _choose(blueprint, adapter.targets, key)
     return sum(
-        (1 if matrix.part == "head" else blueprint.layers) * _adapt(matrix, kind, rank)
-        for matrix in _choose(blueprint, adapter.targets, key)
+        count * _adapt(matrix, kind, rank)
+        for matrix, count in zip(blueprint.matrices, times, strict=True)
     )
 
 
@@ -157,21 +158,26 @@ def _adapt(matrix: Matrix, kind: PeftKind, rank: int) -> int:
     return low_rank + (matrix.outputs if kind == "dora" else 0)  # dora learns each row's length
 
 
-def _choose(blueprint: Blueprint, targets: tuple[str, ...] | str, key: str) -> list[Matrix]:
+def _choose(blueprint: Blueprint, targets: tuple[str, ...] | str, key: str) -> list[int]:
+    """In how many blocks each matrix is adapted; names count from their end, as peft has it."""
     if isinstance(targets, str):
-        return [m for m in blueprint.matrices if targets in ("all-linear", m.part)]
-    head = Matrix("lm_head", "head", blueprint.width, blueprint.vocab_size, blueprint.head_bias)
-    every = (*blueprint.matrices, head)
-    chosen = {}
+        return [blueprint.layers * (targets in ("all-linear", m.part)) for m in blueprint.matrices]
+    prefix = "layers" if blueprint.model_type not in ("gptj", "gpt2") else "h"
+    names = [
+        [f"{prefix}.{layer}.{matrix.name}" for layer in range(blueprint.layers)]
+        for matrix in blueprint.matrices
+    ]
     for target in targets:
-        found = [m for m in every if m.name == target or m.name.endswith(f".{target}")]
-        if not found:
+        if not any(_ends(name, target) for same in names for name in same):
             raise UserError(
                 f"{key}.targets: a {blueprint.model_type} has no {target!r}; it has "
-                f"{', '.join(m.name for m in every)}"
+                f"{', '.join(m.name for m in blueprint.matrices)}"
             )
-        chosen.update({m.name: m for m in found})
-    return list(chosen.values())
+    return [sum(any(_ends(n, t) for t in targets) for n in same) for same in names]
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _read_llama(fields: Mapping[str, Any]) -> Blueprint:
@@ -185,13 +191,13 @@ def _read_llama(fields: Mapping[str, Any]) -> Blueprint:
     qkv = kind == "qwen2" or biased
     mlp = bool(fields.get("mlp_bias", False))
     matrices = (
-        Matrix("q_proj", "attention", width, heads * size, qkv),
-        Matrix("k_proj", "attention", width, kv_heads * size, qkv),
-        Matrix("v_proj", "attention", width, kv_heads * size, qkv),
-        Matrix("o_proj", "attention", heads * size, width, biased),
-        Matrix("gate_proj", "mlp", width, inner, mlp),
-        Matrix("up_proj", "mlp", width, inner, mlp),
-        Matrix("down_proj", "mlp", inner, width, mlp),
+        Matrix("self_attn.q_proj", "attention", width, heads * size, qkv),
+        Matrix("self_attn.k_proj", "attention", width, kv_heads * size, qkv),
+        Matrix("self_attn.v_proj", "attention", width, kv_heads * size, qkv),
+        Matrix("self_attn.o_proj", "attention", heads * size, width, biased),
+        Matrix("mlp.gate_proj", "mlp", width, inner, mlp),
+        Matrix("mlp.up_proj", "mlp", width, inner, mlp),
+        Matrix("mlp.down_proj", "mlp", inner, width, mlp),
     )
     return Blueprint(
         model_type=kind,
@@ -215,7 +221,7 @@ def _read_gptj(fields: Mapping[str, Any]) -> Blueprint:
     width, heads = int(fields["n_embd"]), int(fields["n_head"])
     inner = int(fields.get("n_inner") or 4 * width)
     attention = [
-        Matrix(name, "attention", width, width)
+        Matrix(f"attn.{name}", "attention", width, width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj")
     ]
     return Blueprint(
@@ -230,8 +236,8 @@ def _read_gptj(fields: Mapping[str, Any]) -> Blueprint:
         context=int(fields["n_positions"]),
         matrices=(
             *attention,
-            Matrix("fc_in", "mlp", width, inner, True),
-            Matrix("fc_out", "mlp", inner, width, True),
+            Matrix("mlp.fc_in", "mlp", width, inner, True),
+            Matrix("mlp.fc_out", "mlp", inner, width, True),
         ),
         block_vectors=2 * width,
         final_vectors=2 * width,
@@ -257,9 +263,9 @@ def _read_gpt2(fields: Mapping[str, Any]) -> Blueprint:
         inner=inner,
         context=context,
         matrices=(
-            Matrix("c_attn", "attention", width, 3 * width, True),
+            Matrix("attn.c_attn", "attention", width, 3 * width, True),
             Matrix("attn.c_proj", "attention", width, width, True),
-            Matrix("c_fc", "mlp", width, inner, True),
+            Matrix("mlp.c_fc", "mlp", width, inner, True),
             Matrix("mlp.c_proj", "mlp", inner, width, True),
         ),
         block_vectors=4 * width,
