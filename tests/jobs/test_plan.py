@@ -124,6 +124,11 @@ def test_ranks_that_share_a_model_are_taken_out() -> None:
     )
 
 
+def test_idle_ranks_are_told() -> None:
+    found = plan("pretrain", pretrain={"batch_size": 3, "workers": {"count": 4}})
+    assert "1 of 4 data ranks have NOTHING TO DO; raise batch_size" in found["batch"]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -131,14 +136,18 @@ def test_ranks_that_share_a_model_are_taken_out() -> None:
             {"workers": {"count": 6}, "engine": {"tensor_parallel": 4}},
             "pretrain.workers.count=6 is no multiple of 4 = 4 tensor x 1 pipeline x 1 sequence",
         ),
-        (
-            {"workers": {"count": 4}, "batch_size": 3},
-            "pretrain.batch_size=3 leaves some of 4 data ranks without a row",
-        ),
         ({"model": {"context": 128}}, "rows of 256 tokens exceed the model's context of 128"),
         (
             {"workers": {"count": 3}, "engine": {"tensor_parallel": 3}},
-            "pretrain.engine.tensor_parallel=3 does not divide 4 query heads",
+            "pretrain.engine.tensor_parallel=3 does not divide the model's heads, 4; choose a",
+        ),
+        (
+            {"workers": {"count": 4}, "engine": {"tensor_parallel": 4}},
+            "pretrain.engine.tensor_parallel=4 does not divide the model's key/value heads, 2",
+        ),
+        (
+            {"workers": {"count": 8}, "engine": {"tensor_parallel": 2, "sequence_parallel": 4}},
+            "pretrain.engine.sequence_parallel=4 does not divide the model's heads of a rank, 2",
         ),
         (
             {"workers": {"count": 8}, "engine": {"pipeline_parallel": 8}},

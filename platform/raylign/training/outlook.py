@@ -46,25 +46,21 @@ def check_arithmetic(
             f"{engine.sequence_parallel} sequence parallel; give as many ranks, or several times "
             "as many"
         )
-    if config.batch_size < ranks // group:
-        raise UserError(
-            f"{stage}.batch_size={config.batch_size} leaves some of {ranks // group} data ranks "
-            f"without a row; raise it, or lower {stage}.workers.count"
-        )
     if rows.length > blueprint.context:
         raise UserError(
             f"{stage}: rows of {rows.length:,} tokens exceed the model's context of "
             f"{blueprint.context:,}; shorten them, or choose another model"
         )
     for name, of, total in (
-        ("tensor_parallel", "query heads", blueprint.heads),
-        ("sequence_parallel", "query heads", blueprint.heads),
-        ("sequence_parallel", "tokens of a row", rows.length),
+        ("tensor_parallel", "heads", blueprint.heads),
+        ("tensor_parallel", "key/value heads", blueprint.kv_heads),
+        ("tensor_parallel", "inner width", blueprint.inner),
+        ("sequence_parallel", "heads of a rank", blueprint.heads // engine.tensor_parallel),
     ):
         if total % getattr(engine, name):
             raise UserError(
-                f"{stage}.engine.{name}={getattr(engine, name)} does not divide {total} {of}; "
-                "choose one that does"
+                f"{stage}.engine.{name}={getattr(engine, name)} does not divide the model's "
+                f"{of}, {total:,}; choose a divisor"
             )
     if engine.pipeline_parallel > blueprint.layers:
         raise UserError(
@@ -143,7 +139,10 @@ class Outlook:
             f"ranks x {micro} rows at once x {pieces} accumulated{each} x "
             f"{self.rows.length:,} tokens",
         )
-        if not even:
+        if config.batch_size < self.data_ranks:
+            idle = self.data_ranks - config.batch_size
+            yield "", f"{idle} of {self.data_ranks} data ranks have NOTHING TO DO; raise batch_size"
+        elif not even:
             yield "", f"{config.batch_size} rows do not divide evenly: some ranks compute fewer"
         if config.workers.count > self.data_ranks:
             yield (
