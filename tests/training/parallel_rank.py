@@ -1,29 +1,36 @@
-"""One rank of a group that trains a tiny model in parallel: `parallel_rank.py DIR RANK WORLD PORT`.
+"""Groups of ranks that train a tiny model in parallel: `parallel_rank.py DIR [CASE ...]`.
 
-A script, because ranks are processes. Every rank writes what each case found to DIR.
+A script, because ranks are processes. What is imported is imported once, and every rank is a fork.
+Every rank writes what its cases found to DIR.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
+import raylign.training.deepspeed_engine  # noqa: F401 - before the fork
 from raylign.config import EngineConfig, ModelConfig, OptimizerConfig
 from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
 from raylign.models.presets import build_config
-from raylign.training.engine import Engine, build_engine
+from raylign.training.engine import DivergenceError, Engine, build_engine
 from raylign.training.objectives import LanguageObjective
 from raylign.training.rows import TextRows, deal
+from raylign.training.sums import Sums
 
+WORLDS = (2, 4)
 VOCABULARY, ROWS, LENGTH, STEPS = 64, 6, 19, 20
 SHAPE = ModelConfig(hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, context=32)
 OPTIMIZER = OptimizerConfig(lr=3e-3, clip=0.5)
@@ -32,57 +39,75 @@ OBJECTIVE = LanguageObjective(Path(), "corpus")
 
 @dataclass(frozen=True)
 class Case:
-    """A way of taking the same twenty steps."""
+    """A way of taking the same steps."""
 
     engine: EngineConfig
-    micro_batch: int = 2
+    micro_batch: int = 3
     untied: bool = False
     """The head has a weight of its own."""
     steps: int = STEPS
+    poisoned: bool = False
+    """After the steps, one rank's loss is not a number."""
+
+
+def case(**keys: Any) -> Case:
+    own = {key: keys.pop(key) for key in tuple(keys) if key in Case.__dataclass_fields__}
+    return Case(EngineConfig(**keys), **own)
 
 
 def list_cases(world: int) -> dict[str, Case]:
     """What a group of `world` ranks runs, by name."""
-
-    def case(**keys: Any) -> Case:
-        more = {key: keys.pop(key) for key in ("micro_batch", "untied", "steps") if key in keys}
-        return Case(EngineConfig(**keys), **more)
-
     if world == 1:
         return {
             "whole": case(backend="torch", micro_batch=ROWS),
-            "whole-untied": case(backend="torch", untied=True),
+            "untied": case(backend="torch", micro_batch=ROWS, untied=True),
+            "start": case(backend="torch", steps=0),
         }
-    if world == 2:
+    if world == 4:
+        data_sequence = {"sequence_parallel": 2, "zero_stage": 3}
         return {
-            **{f"zero{stage}": case(zero_stage=stage) for stage in range(4)},
-            **{
-                f"zero{stage}-offload": case(zero_stage=stage, offload="optimizer")
-                for stage in (1, 2, 3)
-            },
-            "zero3-offload-all": case(zero_stage=3, offload="all"),
-            **{f"tensor-zero{s}": case(zero_stage=s, tensor_parallel=2) for s in (0, 1, 2)},
-            "tensor-untied": case(zero_stage=0, tensor_parallel=2, untied=True),
-            "tensor-checkpointing": case(
-                zero_stage=1, tensor_parallel=2, activation_checkpointing=True
-            ),
-            **{f"sequence-zero{s}": case(zero_stage=s, sequence_parallel=2) for s in range(4)},
-            "sequence-checkpointing": case(
-                zero_stage=1, sequence_parallel=2, activation_checkpointing=True
-            ),
+            "data-tensor-zero1": case(zero_stage=1, tensor_parallel=2),
+            "data-sequence-zero1": case(zero_stage=1, sequence_parallel=2),
+            "data-sequence-zero3": case(**data_sequence, activation_checkpointing=True),
+            "tensor-sequence-zero2": case(zero_stage=2, tensor_parallel=2, sequence_parallel=2),
+            "sequence4-zero0": case(zero_stage=0, sequence_parallel=4),
         }
-    return {
-        "data-tensor-zero0": case(zero_stage=0, tensor_parallel=2),
-        "data-tensor-zero1": case(zero_stage=1, tensor_parallel=2),
-        "data-sequence-zero1": case(zero_stage=1, sequence_parallel=2),
-        "data-sequence-zero3": case(zero_stage=3, sequence_parallel=2),
-        "tensor-sequence-zero1": case(zero_stage=1, tensor_parallel=2, sequence_parallel=2),
-        "sequence-of-4": case(zero_stage=0, sequence_parallel=4),
+    again = {"activation_checkpointing": True}
+    cases = {
+        **{f"zero{stage}": case(zero_stage=stage, micro_batch=2) for stage in range(4)},
+        "zero1-offload": case(zero_stage=1, offload="optimizer"),
+        "zero2-offload": case(zero_stage=2, offload="optimizer", **again),
+        "zero3-offload": case(zero_stage=3, offload="optimizer"),
+        "zero3-offload-all": case(zero_stage=3, offload="all", **again),
+        "tensor-zero0": case(zero_stage=0, tensor_parallel=2),
+        "tensor-zero1": case(zero_stage=1, tensor_parallel=2, **again),
+        "tensor-zero2-untied": case(zero_stage=2, tensor_parallel=2, untied=True),
+        "sequence-zero0": case(zero_stage=0, sequence_parallel=2),
+        "sequence-zero1": case(zero_stage=1, sequence_parallel=2, **again),
+        "sequence-zero3": case(zero_stage=3, sequence_parallel=2),
     }
+    rough = {"dtype": "bfloat16", "steps": 4, "poisoned": True}
+    cases |= {f"zero{stage}-bfloat16": case(zero_stage=stage, **rough) for stage in range(4)}
+    cases |= {
+        "torch-bfloat16": case(backend="torch", **rough),
+        "zero1-offload-bfloat16": case(zero_stage=1, offload="optimizer", **rough),
+        "tensor-zero0-bfloat16": case(zero_stage=0, tensor_parallel=2, **rough),
+        "tensor-zero1-bfloat16": case(zero_stage=1, tensor_parallel=2, **rough),
+        "sequence-bfloat16": case(zero_stage=1, sequence_parallel=2, **rough),
+    }
+    poison = {"poisoned": True, "steps": 1}
+    cases |= {f"zero{stage}-poisoned": case(zero_stage=stage, **poison) for stage in range(4)}
+    cases |= {
+        "torch-poisoned": case(backend="torch", **poison),
+        "zero3-offload-poisoned": case(zero_stage=3, offload="all", **poison),
+        "tensor-zero0-poisoned": case(zero_stage=0, tensor_parallel=2, **poison),
+        "tensor-zero2-poisoned": case(zero_stage=2, tensor_parallel=2, **poison),
+    }
+    return cases
 
 
 def draw_rows(step: int) -> TextRows:
-    """Rows of two or three documents, some with padding on the right; of an odd length."""
+    """Rows of up to three documents, one with padding on the right; of an odd length."""
     stream = np.random.default_rng(step)
     tokens = stream.integers(0, VOCABULARY, (ROWS, LENGTH))
     segments = np.ones((ROWS, LENGTH), np.int64)
@@ -90,59 +115,109 @@ def draw_rows(step: int) -> TextRows:
         first, second = np.sort(stream.integers(1, LENGTH, 2))
         row[first:], row[second:] = 2, 3
     segments[0], segments[1, LENGTH - 4 :] = 1, 0
-    trained = stream.random((ROWS, LENGTH)) < 0.7
+    trained = (stream.random((ROWS, LENGTH)) < 0.7) & (segments > 0)
     trained[:, 0] = False
     trained[:, 1:] &= segments[:, 1:] == segments[:, :-1]
-    return TextRows(tokens, segments, trained & (segments > 0))
+    return TextRows(tokens, segments, trained)
 
 
-def build(case: Case, seed: int = 7) -> Engine:
-    shape = SHAPE.model_copy(update={"tie_embeddings": not case.untied})
+def build(given: Case, seed: int = 7) -> Engine:
+    shape = SHAPE.model_copy(update={"tie_embeddings": not given.untied})
     model = initialise(build_config(shape, VOCABULARY, pad_id=0, eos_id=1), seed)
-    return build_engine(case.engine, model, OPTIMIZER)
+    return build_engine(given.engine, model, OPTIMIZER)
 
 
-def take_step(engine: Engine, case: Case, step: int) -> tuple[float, float]:
-    """Mean loss of the step over all ranks, and the norm of its gradient."""
+def take_step(
+    engine: Engine, micro_batch: int, step: int, factor: float = 1.0
+) -> tuple[float, float]:
+    """Mean loss of the step over all ranks, and the norm of its gradient. `factor` is of this
+    rank's loss."""
     rows = draw_rows(step)
     totals = OBJECTIVE.count(rows)
-    parts = deal(ROWS, engine.data_rank, engine.data_ranks, case.micro_batch)
+    parts = deal(ROWS, engine.data_rank, engine.data_ranks, micro_batch)
     batches = [OBJECTIVE.assemble(rows, part, step) for part in parts]
-    sums = engine.accumulate(batches, partial(OBJECTIVE.loss, totals=totals))
-    total, count = engine.sum(sums["loss"]).tolist()
+
+    def lose(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Sums]:
+        loss, sums = OBJECTIVE.loss(lm, hidden, batch, totals)
+        return loss * factor, sums
+
+    total, count = engine.sum(engine.accumulate(batches, lose)["loss"]).tolist()
     assert count == totals["tokens"]
     return total / count, engine.step(OPTIMIZER.lr * (step + 1) / STEPS)
 
 
-def run_case(case: Case) -> dict[str, Any]:
+def copy_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.float().clone() for name, tensor in engine.weights().items()}
+
+
+def run_case(given: Case) -> dict[str, Any]:
     """Losses, gradient norms, final weights, and what they say of some rows."""
-    engine = build(case)
-    steps = [take_step(engine, case, step) for step in range(case.steps)]
+    engine = build(given)
+    steps = [take_step(engine, given.micro_batch, step) for step in range(given.steps)]
     found: dict[str, Any] = {"losses": [s[0] for s in steps], "norms": [s[1] for s in steps]}
-    found["weights"] = {name: t.float().clone() for name, t in engine.weights().items()}
+    found["weights"] = copy_weights(engine)
+    if given.poisoned:
+        last = engine.rank == engine.world_size - 1
+        found["kept"] = read_memory(engine)
+        try:
+            take_step(engine, given.micro_batch, 50, factor=float("nan") if last else 1.0)
+        except DivergenceError as error:
+            found["error"] = str(error)
+        found["left"] = read_memory(engine)
+        return found
     with torch.no_grad():
         tokens = torch.from_numpy(draw_rows(99).tokens)
         found["logprobs"] = score_tokens(engine.module, tokens, piece=20)[0]
     return found
 
 
-def main(directory: Path, rank: int, world: int, port: str, chosen: list[str]) -> None:
+def read_memory(engine: Engine) -> dict[str, torch.Tensor]:
+    """All that a step would change: weights, their float32 masters, the optimizer's moments."""
+    found = copy_weights(engine)
+    for fragment in engine.fragments():
+        for kind, tensor in fragment.tensors.items():
+            found[f"{fragment.name}.{fragment.start}.{kind}"] = tensor.clone()
+    return found
+
+
+def run_rank(directory: Path, rank: int, world: int, port: int, chosen: list[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    results: dict[str, Any] = {}
-    for name, case in list_cases(world).items():
-        if chosen and name not in chosen:
-            continue
-        results[name] = run_case(case)
-    torch.save(results, directory / f"found-{world}-{rank}.pt")
-    dist.barrier()
+    faulthandler.dump_traceback_later(240, exit=True)
+    if world > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
+        )
+    found = {
+        name: run_case(given)
+        for name, given in list_cases(world).items()
+        if not chosen or name in chosen
+    }
+    torch.save(found, directory / f"found-{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main(directory: Path, chosen: list[str]) -> int:
+    """The number of ranks that failed."""
+    context = multiprocessing.get_context("fork")
+    processes = []
+    for world in WORLDS:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(world):
+            arguments = (directory, rank, world, port, chosen)
+            processes.append(context.Process(target=run_rank, args=arguments))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(process.exitcode != 0 for process in processes)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raylign.config import UserError
+from raylign.models.prompts import NAME
 
 ULYSSES = "ulysses"
 """Name of the attention among those of transformers."""
@@ -55,7 +56,8 @@ def share_sequences(
             module.sequence_share = share
     cut = _Cut(lm.get_input_embeddings(), group)
     decoder.register_forward_pre_hook(cut.take, with_kwargs=True)
-    decoder.register_forward_hook(cut.join)
+    # Virtual tokens that an adapter puts in front were put there before, and are stripped after.
+    decoder.register_forward_hook(cut.join, prepend=True)
 
 
 def _require_exchangeable(lm: PreTrainedModel) -> None:
@@ -65,6 +67,8 @@ def _require_exchangeable(lm: PreTrainedModel) -> None:
         reason = "compute attention in a way of their own"
     elif getattr(lm.config, "sliding_window", None):
         reason = "attend within a sliding window"
+    elif getattr(getattr(lm, NAME, None), "kind", None) == "prefix":
+        raise UserError("engine.sequence_parallel: peft=prefix works by a cache; set it to 1")
     else:
         return
     raise UserError(

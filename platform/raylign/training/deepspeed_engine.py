@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,13 @@ from raylign.models.sequence import share_sequences
 from raylign.training import passes
 from raylign.training.deepspeed_settings import describe
 from raylign.training.deepspeed_state import inner_optimizer, list_shards, refresh
-from raylign.training.deepspeed_tensor import gather_whole, list_cuts, measure_norm, require_known
+from raylign.training.deepspeed_tensor import (
+    gather_whole,
+    list_places,
+    mark_masters,
+    measure_norm,
+    require_known,
+)
 from raylign.training.engine import build_optimizer, require_finite, set_rate
 from raylign.training.fragments import Fragment, Place, Shard, StoredState, fill_shards, read_shards
 from raylign.training.sums import LossFunction, Measurement, Sums
@@ -57,7 +64,7 @@ class DeepSpeedEngine:
         self.lm = model
         self.whole = config.zero_stage < 3 and topology.tensor == topology.sequence == 1
         self._stage = config.zero_stage
-        self._norm: float | None = None
+        self._norm = math.nan
         self._tensor: dist.ProcessGroup | None = None
         if topology.tensor > 1:
             require_known(model)
@@ -88,8 +95,11 @@ class DeepSpeedEngine:
             self._tensor = groups.get_tensor_model_parallel_group()
             # It pickles the first inputs and compares them by ==, which arrays do not have.
             self._deepspeed.first_dataloader_check.remove()
+            if self._stage == 0:
+                mark_masters(self._deepspeed.optimizer)
+        self._places: dict[str, Place] = {}
         if self._stage < 3:
-            self._cuts = list_cuts(model, shapes, topology.place(self.rank, "tensor"))
+            self._places = list_places(model, shapes, topology.place(self.rank, "tensor"))
         # DeepSpeed makes groups of its own, with torch's timeout of half an hour.
         for group in (self._deepspeed.seq_data_parallel_group, self._tensor):
             if group is not None:
@@ -110,10 +120,10 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> float:
         set_rate(self._deepspeed.optimizer.param_groups, lr)
+        self._norm = math.nan  # stays when DeepSpeed leaves the step out by itself, as it may
         self._deepspeed.step()
         norm = self._norm if self._stage == 0 else self._deepspeed.get_global_grad_norm()
-        assert norm is not None
-        require_finite(float(norm))  # in float32 DeepSpeed has left the step out by itself
+        require_finite(float(norm))
         return float(norm)
 
     def accumulate(self, batches: Sequence[Any], function: LossFunction) -> Sums:
@@ -133,7 +143,7 @@ class DeepSpeedEngine:
         if find_adaptation(self.lm):
             return plain_weights(self.lm)
         return {
-            name: gather_whole(p.detach(), self._cuts[name], self._tensor)
+            name: gather_whole(p.detach(), self._places[name], self._tensor)
             for name, p in self.lm.named_parameters()
         }
 
@@ -153,10 +163,8 @@ class DeepSpeedEngine:
         refresh(self._deepspeed.optimizer)
 
     def _shards(self) -> list[Shard]:
-        cuts = {} if self._stage == 3 else self._cuts
-        places = {n: Place(cut.shape, cut.dim, cut.start, cut.stop) for n, cut in cuts.items()}
         parameters = dict(self.lm.named_parameters())
-        return list(list_shards(self._deepspeed.optimizer, parameters, places))
+        return list(list_shards(self._deepspeed.optimizer, parameters, self._places))
 
     def _clip_in(self, client: torch.optim.Optimizer, clip: float) -> None:
         """Without ZeRO, DeepSpeed clips but does not tell the norm; so do both here, after it has

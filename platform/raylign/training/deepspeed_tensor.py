@@ -9,7 +9,6 @@ inputs and gradients are the same there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,23 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.config import UserError
+from raylign.models.adapters import find_adaptation
+from raylign.training.fragments import Place
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc_in")
 """Projections of the blocks whose outputs are shared out."""
 ROW = ("o_proj", "down_proj", "out_proj", "fc_out")
 """Projections whose inputs are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Which part of a parameter a rank holds."""
-
-    shape: tuple[int, ...]
-    """Of the whole parameter."""
-    dim: int | None
-    """Along which it is cut; None when every tensor rank holds all of it."""
-    start: int
-    stop: int
 
 
 def describe_cutting(size: int) -> dict[str, Any]:
@@ -52,7 +41,7 @@ def describe_cutting(size: int) -> dict[str, Any]:
 def require_known(lm: PreTrainedModel) -> None:
     """Raises `UserError` for a model with parts that nothing is known about."""
     kind = lm.config.model_type
-    if hasattr(lm, "peft_config"):
+    if find_adaptation(lm):
         raise UserError("engine.tensor_parallel: adapters cannot be cut; set it to 1, or peft=none")
     norms = {id(module) for module in lm.modules() if not list(module.children())}
     for name, module in lm.get_decoder().named_modules():
@@ -68,27 +57,41 @@ def require_known(lm: PreTrainedModel) -> None:
             )
 
 
-def list_cuts(lm: PreTrainedModel, whole: Mapping[str, torch.Size], place: int) -> dict[str, Cut]:
-    """What the rank at `place` holds of each parameter, given the shapes before cutting."""
-    cuts = {}
+def list_places(lm: nn.Module, whole: Mapping[str, torch.Size], rank: int) -> dict[str, Place]:
+    """What the tensor rank `rank` holds of each parameter, given the shapes before cutting."""
+    places = {}
     for name, parameter in lm.named_parameters():
         shape, local = tuple(whole[name]), tuple(parameter.shape)
-        dims = [dim for dim in range(len(shape)) if shape[dim] != local[dim]]
-        assert len(dims) <= 1, f"{name} is {local} of {shape}"
-        dim = dims[0] if dims else None
-        size = 0 if dim is None else local[dim]
-        cuts[name] = Cut(shape, dim, place * size, (place + 1) * size)
-    return cuts
+        cut = [dim for dim in range(len(shape)) if shape[dim] != local[dim]]
+        assert len(cut) <= 1, f"{name} is {local} of {shape}"
+        if cut:
+            size = local[cut[0]]
+            places[name] = Place(shape, cut[0], rank * size, (rank + 1) * size)
+        else:
+            places[name] = Place(shape)
+    return places
 
 
-def gather_whole(tensor: torch.Tensor, cut: Cut, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The whole of a parameter, or of its optimizer state, from all tensor ranks. Collective."""
-    if cut.dim is None:
+def gather_whole(
+    tensor: torch.Tensor, place: Place, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """The whole of a parameter, from all tensor ranks. Collective; without a cut, `tensor`."""
+    if place.dim is None:
         return tensor
-    mine = tensor.detach().contiguous()
+    mine = tensor.contiguous()
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    return torch.cat(parts, dim=cut.dim)
+    return torch.cat(parts, dim=place.dim)
+
+
+def mark_masters(optimizer: Any) -> None:
+    """Tell float32 masters that their parameters are cut, as `measure_norm` must know."""
+    groups = zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
+    )
+    for parameters, masters in groups:
+        for parameter, master in zip(parameters, masters, strict=True):
+            master.tensor_model_parallel = getattr(parameter, "tensor_model_parallel", False)
 
 
 def measure_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> torch.Tensor:

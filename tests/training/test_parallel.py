@@ -1,0 +1,122 @@
+"""Every way to share a model among ranks follows the loss curve of a single process.
+
+Tolerances: over twenty float32 steps with clipped gradients, losses and gradient norms within 2e-6
+of the single process, and weights and log-probs within 1e-6 and 2e-6; the largest differences seen
+are 6e-7, 3e-7, 2e-7 and 5e-7.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import raylign
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parallel_rank import OPTIMIZER, WORLDS, list_cases, run_case
+
+CASES = {name: world for world in WORLDS for name in list_cases(world)}
+EXACT = [name for name in CASES if "bfloat16" not in name and "poisoned" not in name]
+ROUGH = [name for name in CASES if "bfloat16" in name]
+POISONED = [name for name, world in CASES.items() if list_cases(world)[name].poisoned]
+
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Found]:
+    """Plain torch, one process, whole batches."""
+    return {name: run_case(given) for name, given in list_cases(1).items()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
+    """What every rank found, by case."""
+    directory = tmp_path_factory.mktemp("parallel")
+    source = Path(raylign.__file__).parents[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(source),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("parallel_rank.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(directory)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stdout
+    files = {
+        (world, rank): torch.load(directory / f"found-{world}-{rank}.pt")
+        for world in WORLDS
+        for rank in range(world)
+    }
+    return {
+        name: [files[world, rank][name] for rank in range(world)] for name, world in CASES.items()
+    }
+
+
+def gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def test_the_reference_learns_and_clips(references: dict[str, Found]) -> None:
+    """Or equal curves would show nothing."""
+    whole = references["whole"]
+    assert len(whole["losses"]) == 20
+    assert max(whole["norms"]) > OPTIMIZER.clip
+    assert gap(whole["weights"], run_case(list_cases(1)["start"])["weights"]) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXACT)
+def test_the_loss_curve_is_that_of_a_single_process(
+    found: dict[str, list[Found]], references: dict[str, Found], case: str
+) -> None:
+    reference = references["untied" if "untied" in case else "whole"]
+    for rank in found[case]:
+        assert rank["losses"] == pytest.approx(reference["losses"], abs=2e-6)
+        assert rank["norms"] == pytest.approx(reference["norms"], abs=2e-6)
+        assert gap(rank["weights"], reference["weights"]) < 1e-6
+        assert float((rank["logprobs"] - reference["logprobs"]).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("case", ROUGH)
+def test_bfloat16_follows_float32(
+    found: dict[str, list[Found]], references: dict[str, Found], case: str
+) -> None:
+    for rank in found[case]:
+        steps = len(rank["losses"])
+        assert rank["losses"] == pytest.approx(references["whole"]["losses"][:steps], abs=3e-2)
+        assert rank["norms"] == pytest.approx(references["whole"]["norms"][:steps], rel=5e-2)
+
+
+@pytest.mark.parametrize("case", POISONED)
+def test_one_ranks_nonsense_stops_all_before_the_update(
+    found: dict[str, list[Found]], case: str
+) -> None:
+    for rank in found[case]:
+        assert rank["error"].startswith("the norm of the gradient is ")
+        assert rank["left"].keys() == rank["kept"].keys()
+        for name, tensor in rank["kept"].items():
+            assert torch.equal(rank["left"][name], tensor), name
+
+
+def test_all_ranks_see_the_same_numbers(found: dict[str, list[Found]]) -> None:
+    for ranks in found.values():
+        for rank in ranks[1:]:
+            assert rank["losses"] == ranks[0]["losses"]
+            assert rank["norms"] == ranks[0]["norms"]
+            assert all(math.isfinite(norm) for norm in rank["norms"])
