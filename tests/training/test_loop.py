@@ -18,6 +18,7 @@ from raylign.models.assembly import ModelPlan
 from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
 from raylign.models.presets import build_config
 from raylign.tracking import METRICS_FILE, read_lines
+from raylign.training.checkpoints import list_checkpoints
 from raylign.training.loop import CHECKPOINTS, SAMPLES_FILE, SupervisedLoop, SupervisedTask
 from raylign.training.objectives import LanguageObjective
 from raylign.training.rows import CorpusRows, Rows, TextRows
@@ -156,7 +157,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     with pytest.raises(ConnectionError):
         SupervisedLoop(replace(task, objective=_FailingObjective(shards, "corpus"))).run()
     assert read_lines(task.output / METRICS_FILE)[-1]["step"] == 20
-    assert len(list((task.output / CHECKPOINTS).iterdir())) == 2
+    assert len(list_checkpoints(task.output / CHECKPOINTS)) == 2
     again = SupervisedLoop(task).run()
     assert again["tokens"] == result["tokens"]
     ours, theirs = (load_file(t.output / "model" / "model.safetensors") for t in (task, whole))

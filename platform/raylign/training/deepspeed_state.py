@@ -20,7 +20,7 @@ def list_shards(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], places: Mapping[str, Place]
 ) -> Iterator[Shard]:
     """What this rank steps of the trained among `parameters`. `optimizer` is DeepSpeed's."""
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    trained: dict[str, Any] = {name: p for name, p in parameters.items() if p.requires_grad}
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _list_partitions(optimizer, trained)
         return
@@ -79,7 +79,7 @@ def _find_flats(optimizer: Any) -> list[torch.Tensor]:
     return []
 
 
-def _list_partitions(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> Iterator[Shard]:
+def _list_partitions(optimizer: Any, trained: Mapping[str, Any]) -> Iterator[Shard]:
     for name, p in trained.items():
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
         start = size * optimizer._get_param_partition_rank(p)

@@ -214,7 +214,8 @@ def write_part(fragments: Sequence[Fragment], file: Path) -> dict[str, Any]:
 def _list_pieces(head: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
     yield memoryview(head)
     for tensor in tensors:
-        whole = memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B")
+        values: Any = tensor.detach().cpu().contiguous().numpy()
+        whole = memoryview(values).cast("B")
         for start in range(0, len(whole), _CHUNK):
             yield whole[start : start + _CHUNK]
 

@@ -10,25 +10,34 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from raylign.config import EngineConfig, OptimizerConfig, ScheduleConfig, UserError
+from raylign.config import (
+    CheckpointConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    UserError,
+)
 from raylign.data.packing import rows_for_step
 from raylign.models.assembly import ModelPlan
+from raylign.models.folding import rebuild
 from raylign.models.loading import load_tokenizer
+from raylign.models.quantization import count_weights
+from raylign.run import hash_json
 from raylign.runtime import derive_seed
 from raylign.tracking import METRICS_FILE, JsonTracker, read_lines
-from raylign.training.checkpoints import CheckpointStore
+from raylign.training.continuation import Continuation, describe_value, outline
 from raylign.training.engine import DivergenceError, Engine, build_engine
-from raylign.training.export import export_model
+from raylign.training.export import export_stage
+from raylign.training.heartbeat import Pulse
 from raylign.training.objectives import Objective
 from raylign.training.rows import Rows, Whole, deal
 from raylign.training.sampling import Sampler
@@ -39,7 +48,6 @@ LOG_EVERY = 10
 SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS = ".checkpoints"
 SCRATCH = ".scratch"
-MODEL = "model"
 DIVERGED = "diverged"
 
 
@@ -69,24 +77,37 @@ class SupervisedTask:
     prompts: tuple[tuple[str, tuple[int, ...]], ...]
     """Shown text and token ids to continue at every checkpoint."""
     sample_tokens: int
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 class SupervisedLoop:
     """One rank of a supervised run. `torch.distributed` is initialised when there are several."""
 
-    def __init__(self, task: SupervisedTask) -> None:
-        self._task, self._objective = task, task.objective
+    def __init__(self, task: SupervisedTask, pulse: Pulse | None = None) -> None:
+        """`pulse` is told what is being done, for those who watch from outside."""
+        self._task, self._objective, self._pulse = task, task.objective, pulse
         self._train: Rows[Any] = task.objective.open("train")
         self._validation: Rows[Any] = task.objective.open("validation")
         self._tokenizer = load_tokenizer(task.tokenizer)
-        self._engine: Engine = build_engine(task.engine, task.model.build(), task.optimizer)
-        self._store = CheckpointStore(
-            task.output / CHECKPOINTS, self._engine.rank, partial(_wait, self._engine)
+        model = task.model.build()
+        self._parameters = sum(count_weights(p) for p in model.parameters())
+        form = outline(model, self._tokenizer, _identify(task), task.engine.dtype)
+        self._engine: Engine = build_engine(task.engine, model, task.optimizer)
+        self._checkpoints = Continuation(
+            task.name,
+            task.output / CHECKPOINTS,
+            self._engine,
+            self._tokenizer,
+            task.checkpoints,
+            form,
+            dtype=task.engine.dtype,
+            timeout_s=task.engine.timeout_s,
+            beat=self._touch,
         )
         self._tokens, self._seconds = 0, 0.0
         self._window = _Window()
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, Any]:
         """Train to the last step, going on from the newest checkpoint, and export the model.
 
         Returns tokens and seconds of training, and the number of parameters. Raises `UserError`
@@ -98,25 +119,48 @@ class SupervisedLoop:
         tracker = JsonTracker(task.output) if self._engine.rank == 0 else None
         if tracker is not None:
             tracker.event(what="started", step=first, ranks=self._engine.world_size)
+        if first == 0 and isinstance(task.model.start, Path):
+            self._sample(0)  # what it wrote before
         for step in range(first, task.steps):
             rate = self._rate(step)
             norm = self._take_step(step, rate)
             done = step + 1
             check = done % task.checkpoint_every == 0 or done == task.steps
             if check or done == 1 or done % LOG_EVERY == 0:
+                self._mark(done, "measuring")
                 values = self._measure() | {"lr": rate, "grad_norm": norm}
                 if check and self._validation.count:
                     values |= self._validate()
                 if tracker is not None:
                     tracker.log(done, values)
             if check:
+                self._mark(done, "sampling")
                 self._sample(done)
                 if done < task.steps:
+                    self._mark(done, "saving")
                     progress = {"tokens": self._tokens, "seconds": self._seconds}
-                    self._store.save(done, self._engine.save, progress)
+                    self._checkpoints.save(done, progress)
+            self._record(tracker)
+        self._mark(task.steps, "ending")
+        self._checkpoints.finish()
+        self._record(tracker)
         if tracker is not None:
             tracker.close()
         return self._export()
+
+    def _record(self, tracker: JsonTracker | None) -> None:
+        """What became of checkpoints."""
+        for event in self._checkpoints.take_events():
+            if tracker is not None:
+                tracker.event(**event)
+
+    def _mark(self, step: int, phase: str) -> None:
+        if self._pulse is not None:
+            self._pulse.mark(step, phase)
+
+    def _touch(self) -> None:
+        if self._pulse is not None:
+            self._pulse.touch()
 
     def _take_step(self, step: int, rate: float) -> float:
         """One update on this rank's share of the step's rows; the gradient norm."""
@@ -124,20 +168,32 @@ class SupervisedLoop:
         task, engine, objective = self._task, self._engine, self._objective
         # Dropout and noise: nothing random is carried from one step to the next.
         torch.manual_seed(derive_seed(task.seed, "step", str(step), str(engine.data_rank)))
+        self._mark(step + 1, "reading")
         rows = rows_for_step(self._train.count, task.seed, step, task.batch_size)
         # Every rank reads what the denominators of the whole batch need: nothing to communicate.
         whole: Whole = self._train.read(rows)
         totals = objective.count(whole)
         batches = list(self._cut(whole, len(rows), step))
+        self._mark(step + 1, "forward")
         if objective.surveyed:
             totals = totals | self._means(engine.measure(batches, objective.survey))
-        sums = engine.accumulate(batches, partial(objective.loss, totals=totals))
+        sums = engine.accumulate(batches, self._watched(partial(objective.loss, totals=totals)))
+        self._mark(step + 1, "reducing")
         try:
             norm = engine.step(rate)
         except DivergenceError as error:
             raise self._refuse_to_diverge(step, rows, whole, error) from None
         self._window.add(sums, whole.real_tokens, time.perf_counter() - started)
         return norm
+
+    def _watched(self, function: LossFunction) -> LossFunction:
+        """The same, and every micro-batch a sign of progress."""
+
+        def call(*arguments: Any) -> tuple[torch.Tensor, Sums]:
+            self._touch()
+            return function(*arguments)
+
+        return call
 
     def _cut(self, whole: Any, rows: int, step: int) -> Iterator[Any]:
         """This rank's micro-batches of a step's rows."""
@@ -210,10 +266,9 @@ class SupervisedLoop:
             return
         lm = engine.lm
         if not engine.whole:
-            weights = engine.weights()
+            weights, trained = engine.weights(), engine.exportable()
             if engine.rank == 0:
-                lm = type(lm)._from_config(lm.config)
-                lm.load_state_dict(weights, strict=False)
+                lm = rebuild(lm, weights, trained)
         if engine.rank != 0:
             return
         sampler = Sampler(lm, self._tokenizer)
@@ -225,24 +280,23 @@ class SupervisedLoop:
 
     def _resume(self) -> int:
         """The first step to take; what was recorded after the newest checkpoint is forgotten."""
-        found = self._store.latest()
-        step = 0
-        if found is not None:
-            directory, step, progress = found
-            self._engine.load(directory)
+        task = self._task
+        saves = (task.steps - 1) // task.checkpoint_every
+        step, progress = self._checkpoints.resume(saves)
+        if step:
             self._tokens, self._seconds = progress["tokens"], progress["seconds"]
         if self._engine.rank == 0:
             for name in (METRICS_FILE, SAMPLES_FILE):
-                _rewind(self._task.output / name, step)
+                _rewind(task.output / name, step or -1)
         return step
 
-    def _export(self) -> dict[str, float]:
-        task, engine = self._task, self._engine
-        weights = engine.weights()
-        if engine.rank == 0:
-            export_model(engine.lm, weights, self._tokenizer, task.output / MODEL)
-        parameters = sum(tensor.numel() for tensor in weights.values())
-        return {"tokens": self._tokens, "seconds": self._seconds, "parameters": parameters}
+    def _export(self) -> dict[str, Any]:
+        return {
+            "adaptation": export_stage(self._engine, self._tokenizer, self._task.output),
+            "tokens": self._tokens,
+            "seconds": self._seconds,
+            "parameters": self._parameters,
+        }
 
     def _rate(self, step: int) -> float:
         task = self._task
@@ -270,9 +324,14 @@ def _measure_only(
     return function(lm, hidden, batch)[1]
 
 
-def _wait(engine: Engine) -> None:
-    if engine.world_size > 1:
-        dist.barrier()
+def _identify(task: SupervisedTask) -> dict[str, Any]:
+    """What the result of a step is a function of, besides model and tokenizer; neither engine nor
+    number of ranks."""
+    values = (task.objective, task.optimizer, task.schedule, task.model.peft, task.model.adapter)
+    # The stage may have been moved in between.
+    text = json.dumps([describe_value(value) for value in values]).replace(str(task.output), "")
+    numbers = {"seed": task.seed, "batch_size": task.batch_size, "steps": task.steps}
+    return numbers | {"task": hash_json([task.name, text])}
 
 
 def _rewind(file: Path, step: int) -> None:

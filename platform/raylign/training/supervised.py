@@ -60,7 +60,7 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     return _summarise(task, outcome.result)
 
 
-def train_rank(config: Mapping[str, Any]) -> dict[str, float] | None:
+def train_rank(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What every rank runs. A mistake of the user is written down, and not tried again."""
     task: SupervisedTask = config["task"]
     refusal = task.output / _REFUSAL
@@ -77,7 +77,7 @@ def train_rank(config: Mapping[str, Any]) -> dict[str, float] | None:
 class _Outcome:
     """What the fitting thread leaves behind."""
 
-    result: dict[str, float] | None = None
+    result: dict[str, Any] | None = None
     error: BaseException | None = None
 
 
@@ -165,7 +165,7 @@ def explain_failure(name: str, restarts: int, failures: Mapping[int, BaseExcepti
     return RuntimeError(f"{name}: rank {rank} failed: {type(failure).__name__}: {text[-1]}")
 
 
-def _summarise(task: SupervisedTask, result: Mapping[str, float]) -> dict[str, Any]:
+def _summarise(task: SupervisedTask, result: Mapping[str, Any]) -> dict[str, Any]:
     rows = read_lines(task.output / METRICS_FILE)
     checked = [row["validation_loss"] for row in rows if "validation_loss" in row]
     return {
@@ -177,4 +177,4 @@ def _summarise(task: SupervisedTask, result: Mapping[str, float]) -> dict[str, A
         "tokens": int(result["tokens"]),
         "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
         "parameters": int(result["parameters"]),
-    }
+    } | result["adaptation"]
