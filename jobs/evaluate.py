@@ -71,7 +71,7 @@ def choose_models(run: Run, config: EvaluateConfig) -> tuple[dict[str, Path], di
         for name, stage_name in OWN_MODELS.items():
             stage = run.find(stage_name)
             if stage is not None:
-                models[name] = stage.path / "model"
+                models[name] = model_directory(stage.path)
                 parents[stage_name] = stage.manifest.content
     if not models:
         raise UserError(

@@ -116,6 +116,20 @@ class AdapterConfig(Section):
     """qlora: type of the frozen weights (nf4)."""
 
 
+_LORA = ("lora", "qlora", "dora", "loraplus")
+ADAPTER_KEYS: dict[str, tuple[str, ...]] = {
+    "rank": (*_LORA, "vera", "loha"),
+    "alpha": (*_LORA, "loha"),
+    "dropout": (*_LORA, "vera"),
+    "targets": (*_LORA, "vera", "loha"),
+    "rs_lora": _LORA,
+    "lr_ratio": ("loraplus",),
+    "virtual_tokens": ("prefix", "prompt"),
+    "quantization": ("qlora",),
+}
+"""Which methods have a use for a key of `AdapterConfig`."""
+
+
 class TrainingConfig(Section):
     """What every training stage has."""
 
@@ -143,6 +157,37 @@ class TrainingConfig(Section):
         if self.epochs is not None and "steps" in self.model_fields_set:
             raise ValueError("give steps or epochs, not both")
         return self
+
+    @model_validator(mode="after")
+    def _check_peft(self) -> TrainingConfig:
+        check_peft(self.peft, self.adapter, self.engine)
+        return self
+
+
+def check_peft(peft: PeftKind, adapter: AdapterConfig, engine: EngineConfig) -> None:
+    """Raises `ValueError` for keys of `adapter` that have no effect with `peft`, and for engines
+    that it cannot be trained on."""
+    for name in sorted(adapter.model_fields_set):
+        if peft not in ADAPTER_KEYS[name]:
+            raise ValueError(
+                f"adapter.{name} has no effect with peft={peft}; leave it out, or choose peft from "
+                f"{', '.join(ADAPTER_KEYS[name])}"
+            )
+    if peft == "none":
+        return
+    for key in ("tensor_parallel", "pipeline_parallel", "sequence_parallel"):
+        if getattr(engine, key) > 1:
+            raise ValueError(f"peft={peft} does not work with engine.{key}; set it to 1")
+    if peft == "prefix" and engine.activation_checkpointing:
+        raise ValueError(
+            "peft=prefix needs keys and values that engine.activation_checkpointing does not keep; "
+            "set it to false, or choose peft=prompt"
+        )
+    if peft == "qlora" and engine.zero_stage == 3 and engine.backend == "deepspeed":
+        raise ValueError(
+            "peft=qlora: ZeRO-3 cannot share out quantised weights; set engine.zero_stage to 2, "
+            "every rank holds the whole quantised model"
+        )
 
 
 class PretrainConfig(TrainingConfig):

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from raylign.models.folding import require_plain
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -110,7 +112,8 @@ def build_generator(
 ) -> Generator:
     """A generator serving the Hugging Face directory `model`.
 
-    Raises `UserError` when vLLM is asked for and not installed, or the directory has no weights.
+    Raises `UserError` when vLLM is asked for and not installed, or the directory has no weights, or
+    an adapter only, which vLLM does not serve here.
     """
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -120,6 +123,7 @@ def build_generator(
         "seed": seed,
     }
     if backend == "vllm":
+        require_plain(model)
         from raylign.inference.vllm_generator import VLLMGenerator
 
         return VLLMGenerator(model, kv_cache_mb=kv_cache_mb, **options)

@@ -164,7 +164,8 @@ def without_adapter(lm: nn.Module) -> Iterator[None]:
 def save_adapter(lm: PreTrainedModel, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as peft loads them.
 
-    weights: at least the trained ones, whole, by name in `lm`, which itself may be partitioned.
+    weights: at least the trained ones, whole, by name in `lm`, which itself may be partitioned and
+    is not changed.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -175,11 +176,13 @@ def save_adapter(lm: PreTrainedModel, weights: Mapping[str, torch.Tensor], direc
     if adaptation.tuner is None:
         saved = {"prompt_embeddings": weights[f"{NAME}.embedding.weight"]}
     else:
-        wrapped = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
-        state = {
-            name: t for name, t in adaptation.tuner.state_dict().items() if name not in wrapped
-        }
-        saved = get_peft_model_state_dict(adaptation.tuner, state_dict=state | wrapped)
+        tuner = adaptation.tuner
+        state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        # vera's projections are drawn, not trained, and belong to the adapter all the same.
+        for name, tensor in tuner.named_buffers(remove_duplicate=False):
+            if name.startswith("base_model.vera_"):
+                state[name] = tensor
+        saved = get_peft_model_state_dict(tuner, state_dict=state)
     for name in adaptation.head:
         saved[f"base_model.model.{name}"] = weights[name]
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in saved.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,35 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
-def read_base(path: Path, base: str | None = None) -> str:
-    """The model that the adapter in `path` was trained on, or `base` where it is given."""
+def require_plain(path: Path) -> None:
+    """Raises `UserError` for a directory that holds an adapter in place of a model."""
+    if is_adapter(path) and not (path / "config.json").is_file():
+        kind = read_form(path)["peft_type"].partition("_")[0].lower()
+        remedy = (
+            "only the transformers backend can serve it"
+            if kind in ("prefix", "prompt")
+            else "fold it into its base with `python -m jobs.merge`"
+        )
+        raise UserError(f"{path} holds a {kind} adapter, not a model; {remedy}")
+
+
+def locate_base(path: Path, base: str | None = None, key: str = "merge.model") -> Path:
+    """Where the model is that the adapter in `path` was trained on, or `base` where it is given.
+
+    Raises `UserError` when it is not where the adapter says.
+    """
     named = base or read_form(path).get("base_model_name_or_path")
     if not named:
+        raise UserError(f"adapter {path} does not say which model it adapts; name it in {key}")
+    try:
+        return locate_model(str(named), key)
+    except UserError as error:
+        if base is not None:
+            raise
         raise UserError(
-            f"adapter {path} does not say which model it adapts; name it in merge.model"
-        )
-    return str(named)
+            f"adapter {path} was trained on {named}, which is not there ({error}); say where it is "
+            f"in base_model_name_or_path of its {CONFIG_FILE}, or in {key}"
+        ) from None
 
 
 def read_form(path: Path) -> dict[str, Any]:
@@ -186,8 +207,26 @@ def require_foldable(lm: nn.Module) -> None:
 def load_adapted(path: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """The base that the adapter in `path` names, read by `load`, with the adapter folded in; or,
     where that cannot be, on top."""
-    lm = attach_adapter(load(locate_model(read_base(path), f"the base of {path}")), path)
+    task = read_form(path).get("task_type")
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        raise UserError(f"{path} is the adapter of a reward model; give its stage's model/ instead")
+    lm = attach_adapter(load(locate_base(path)), path)
     return lm if hasattr(lm, NAME) else fold_into(lm)
+
+
+def rebuild(
+    lm: PreTrainedModel, weights: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A whole model that computes what `lm`, of which every rank holds a part, does; of
+    `plain_weights` and, where there are virtual tokens, `trained_weights`."""
+    whole: PreTrainedModel = type(lm)._from_config(lm.config)
+    whole.load_state_dict(dict(weights), strict=False)
+    tokens = getattr(lm, NAME, None)
+    if isinstance(tokens, VirtualTokens):
+        copy = VirtualTokens(whole, tokens.kind, tokens.count)
+        copy.embedding.load_state_dict({"weight": trained[f"{NAME}.embedding.weight"]})
+        copy.attach(whole)
+    return whole
 
 
 def _attach_tokens(lm: PreTrainedModel, path: Path, form: dict[str, Any]) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from raylign.config import UserError
+from raylign.models.folding import is_adapter, load_adapted, locate_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,10 +38,13 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     """The causal language model in directory `path`, on the CPU.
 
-    Raises `UserError` when the directory, its configuration or its weights are missing or do not
-    fit each other.
+    Of an adapter in PEFT's form, the model it adapts with the adapter folded in, or, where that
+    cannot be (prefix, prompt), at work on top. Raises `UserError` when the directory, its
+    configuration or its weights are missing or do not fit each other.
     """
     path = Path(path)
+    if _is_adapter_alone(path):
+        return load_adapted(path, partial(load_model, dtype=dtype)).to(DTYPES[dtype])
     _require(path, "config.json", "a model")
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model {path} has no *.safetensors weights; save it in safetensors format")
@@ -63,7 +68,10 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """The configuration in directory `path`; raises `UserError` when there is none."""
+    """The configuration in directory `path`, or of the model that the adapter there adapts; raises
+    `UserError` when there is none."""
+    if _is_adapter_alone(Path(path)):
+        return load_config(locate_base(Path(path)))
     _require(Path(path), "config.json", "a model")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
@@ -140,6 +148,10 @@ def _make_addend(
     addend = torch.zeros_like(mask, dtype=decoder.dtype)
     addend.masked_fill_(~mask, torch.finfo(decoder.dtype).min)
     return args, inputs | {"attention_mask": addend}
+
+
+def _is_adapter_alone(path: Path) -> bool:
+    return is_adapter(path) and not (path / "config.json").is_file()
 
 
 def _require(path: Path, name: str, what: str) -> None:

@@ -76,10 +76,10 @@ def count_weights(parameter: nn.Parameter) -> int:
 
 
 def _quantize_linear(linear: nn.Linear, kind: Quantization, device: torch.device) -> nn.Module:
-    # It warns at every call in 8 bits, and of a slower (and exact) way to compute on CPUs.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
+    # It warns at every call in 8 bits, and of a slower (and exact) way to compute on CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     size = (linear.in_features, linear.out_features, linear.bias is not None)
     made: Any
     if kind == "int8":
