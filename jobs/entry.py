@@ -144,8 +144,8 @@ def locate_start(run: Run, given: str | None, stage: str, job: str, key: str) ->
 
 
 def model_directory(path: Path) -> Path:
-    """Where the weights are: a stage of ours keeps them in `model/`, or what cannot be folded into a
-    model in `adapter/`; others at the top."""
+    """Where the weights are: a stage of ours keeps them in `model/`, or in `adapter/` what cannot
+    be folded into a model; others at the top."""
     for name in ("model", "adapter"):
         if (path / name).is_dir():
             return path / name
