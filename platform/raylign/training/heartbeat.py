@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import sysconfig
@@ -202,6 +203,18 @@ def read_birth(pid: int) -> str:
     except OSError:
         return ""
     return text.rpartition(")")[2].split()[19]
+
+
+def end_process(mark: Mark) -> bool:
+    """Kill a rank's process, stopped ones included; False when it is gone already. Must be called
+    on its machine."""
+    if read_birth(mark.pid) != mark.born:
+        return False
+    try:
+        os.kill(mark.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _look_at(frame: FrameType | None) -> tuple[bool, str]:

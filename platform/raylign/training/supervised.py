@@ -10,28 +10,38 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
 from raylign.runtime import disconnect
-from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, read_lines
-from raylign.training.loop import SupervisedLoop, SupervisedTask
+from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, JsonTracker, read_lines
+from raylign.training.checkpoints import retain
+from raylign.training.curve import CURVE_FILE, draw_curve
+from raylign.training.heartbeat import Laggard, Mark, Pulse, Watch, end_process, locate
+from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
 from raylign.training.topology import arrange
 
 POLL_S = 0.5
+CURVE_S = 5.0  # shortest time between two pictures
+KILL_S = 30.0
+KEPT = "checkpoints"
 
 # What a rank says when it is another one that failed.
 _ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
 _REFUSAL = ".refusal.json"
 _RAY_FILES = ".ray"
+_HEARTBEATS = ".heartbeats"
 
 
 def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, Any]:
@@ -43,20 +53,28 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     arrange(task.engine, workers.count, f"{task.name}.engine")
     _require_room(task.name, workers)
     (task.output / _REFUSAL).unlink(missing_ok=True)
+    for leftover in (_RAY_FILES, _HEARTBEATS):
+        shutil.rmtree(task.output / leftover, ignore_errors=True)
     outcome = _Outcome()
     thread = threading.Thread(target=_fit, args=(task, workers, outcome), daemon=True)
     # A thread of its own: Ray Train would take over Ctrl-C in the main one.
     thread.start()
+    watch = Watch(task.output / _HEARTBEATS, task.engine.timeout_s)
+    picture = _Picture(task)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
+            _end_hung(task, watch.look())
             _show(task, bar)
+            picture.draw()
     except KeyboardInterrupt:
         disconnect()  # else ranks would go on writing where the draft is being removed
         raise
     shutil.rmtree(task.output / _RAY_FILES, ignore_errors=True)
     _raise_failure(task, workers, outcome.error)
     assert outcome.result is not None
+    picture.draw(last=True)
+    retain(task.output / CHECKPOINTS, task.output / KEPT, task.checkpoints.after)
     return _summarise(task, outcome.result)
 
 
@@ -67,11 +85,16 @@ def train_rank(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if refusal.exists():
         return None
     torch.set_num_threads(task.threads)
+    rank = ray.train.get_context().get_world_rank()
+    node = ray.get_runtime_context().get_node_id()
+    pulse = Pulse(task.output / _HEARTBEATS, rank, node)
     try:
-        return SupervisedLoop(task).run()
+        return SupervisedLoop(task, pulse).run()
     except UserError as error:
         write_json(refusal, str(error))
         return None
+    finally:
+        pulse.stop()
 
 
 class _Outcome:
@@ -104,6 +127,47 @@ def _fit(task: SupervisedTask, workers: WorkersConfig, outcome: _Outcome) -> Non
         outcome.error = error
 
 
+def _end_hung(task: SupervisedTask, laggard: Laggard | None) -> None:
+    """Kill the rank that the others wait for, so that Ray Train starts the group again."""
+    if laggard is None:
+        return
+    if _end_where_it_runs(laggard.mark):
+        tracker = JsonTracker(task.output)
+        tracker.event(what="hung", rank=laggard.mark.rank, text=laggard.describe())
+        tracker.close()
+    # Of a rank that died: Ray Train knows, and nobody must wait for it.
+    locate(task.output / _HEARTBEATS, laggard.mark.rank).unlink(missing_ok=True)
+
+
+def _end_where_it_runs(mark: Mark) -> bool:
+    if mark.node == ray.get_runtime_context().get_node_id():
+        return end_process(mark)
+    there = NodeAffinitySchedulingStrategy(mark.node, soft=False)
+    ended = ray.remote(num_cpus=0)(end_process).options(scheduling_strategy=there).remote(mark)
+    try:
+        return bool(ray.get(ended, timeout=KILL_S))
+    except (RayError, GetTimeoutError):
+        return False  # its machine is gone, or as stuck as the rank: Ray finds that out
+
+
+class _Picture:
+    """The loss curve, drawn again when there is more of it."""
+
+    def __init__(self, task: SupervisedTask) -> None:
+        self._task, self._points, self._drawn = task, 0, 0.0
+
+    def draw(self, last: bool = False) -> None:
+        """At every checkpoint, unless they follow each other too quickly."""
+        if not last and time.monotonic() - self._drawn < CURVE_S:
+            return
+        output = self._task.output
+        rows = read_lines(output / METRICS_FILE)
+        points = sum(row["step"] % self._task.checkpoint_every == 0 for row in rows)
+        if last or points > self._points:
+            draw_curve(rows, self._task.name, output / CURVE_FILE)
+            self._points, self._drawn = points, time.monotonic()
+
+
 def _require_room(name: str, workers: WorkersConfig) -> None:
     """Ray would wait without end for what the cluster does not have."""
     present = ray.cluster_resources()
@@ -123,14 +187,25 @@ def _show(task: SupervisedTask, bar: Bar) -> None:
         checked = [r["validation_loss"] for r in rows if "validation_loss" in r]
         note = f"loss {row['loss']:.3f}"
         note += f"  validation {checked[-1]:.3f}" if checked else ""
-        restarts = _count_restarts(task)
+        events = read_lines(task.output / EVENTS_FILE)
+        restarts = _count_restarts(events)
         note += f"  {restarts} restarts" if restarts else ""
+        note += _tell_failure(events)
         bar.update(row["step"], f"{note}  {row['tokens_per_second']:,.0f} tokens/s")
 
 
-def _count_restarts(task: SupervisedTask) -> int:
-    starts = [row for row in read_lines(task.output / EVENTS_FILE) if row["what"] == "started"]
-    return max(0, len(starts) - 1)
+def _count_restarts(events: Sequence[Mapping[str, Any]]) -> int:
+    return max(0, sum(row["what"] == "started" for row in events) - 1)
+
+
+def _tell_failure(events: Sequence[Mapping[str, Any]]) -> str:
+    """What became of the last checkpoint, when it could not be written."""
+    saves = [row for row in events if row["what"] in ("checkpoint", "checkpoint_failed")]
+    if not saves or saves[-1]["what"] == "checkpoint":
+        return ""
+    last = saves[-1]
+    kept = f"; {last['kept']} is kept" if last["kept"] else ""
+    return f"  checkpoint {last['step']} not written: {last['reason']}{kept}"
 
 
 def _raise_failure(
@@ -139,6 +214,14 @@ def _raise_failure(
     refusal = task.output / _REFUSAL
     if refusal.exists():
         raise UserError(json.loads(refusal.read_text(encoding="utf-8")))
+    events = read_lines(task.output / EVENTS_FILE)
+    hung = [row["text"] for row in events if row["what"] == "hung"]
+    if isinstance(error, WorkerGroupError) and hung and events[-1]["what"] == "hung":
+        raise UserError(
+            f"{task.name}: {hung[-1]}; given up after {workers.max_failures} restarts of the "
+            f"group; raise {task.name}.engine.timeout_s if it was only slow, else "
+            f"{task.name}.workers.max_failures"
+        )
     if isinstance(error, WorkerGroupError):
         raise explain_failure(task.name, workers.max_failures, error.worker_failures) from error
     if error is not None:
@@ -173,7 +256,7 @@ def _summarise(task: SupervisedTask, result: Mapping[str, Any]) -> dict[str, Any
         "loss": rows[-1]["loss"],
         "validation_loss": checked[-1] if checked else None,
         "steps": task.steps,
-        "restarts": _count_restarts(task),
+        "restarts": _count_restarts(read_lines(task.output / EVENTS_FILE)),
         "tokens": int(result["tokens"]),
         "tokens_per_second": round(result["tokens"] / result["seconds"], 1),
         "parameters": int(result["parameters"]),
