@@ -149,12 +149,10 @@ class StageTrial:
     ) -> None:
         """Run the job in `directory`, and report its metrics as they appear."""
         stage = self._config.stage
-        if donor is not None:
-            _adopt(donor, directory, stage)
         for name in STAGES[: STAGES.index(stage)]:
             if (self._root / name).is_dir() and not (directory / name).exists():
                 os.symlink(self._root / name, directory / name)
-        recipe = trial_recipe(self._recipe, self._config, values, directory)
+        recipe = trial_recipe(self._recipe, self._config, values, directory, donor)
         job = importlib.import_module(f"jobs.{stage}").run
         outcome: dict[str, BaseException] = {}
 
@@ -167,18 +165,19 @@ class StageTrial:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        seen = 0
+        seen, last = 0, _planned_steps(recipe, self._config)
         while thread.is_alive():
             thread.join(POLL_S)
-            seen = self._report_new(directory, seen, report)
+            # A trial that has reported its last step may be ended; first the stage must be whole.
+            seen = self._report_new(directory, seen, last - 1, report)
         if "error" in outcome:
             raise outcome["error"]
-        self._report_new(directory, seen, report)
+        self._report_new(directory, seen, last, report)
 
-    def _report_new(self, directory: Path, seen: int, report: Report) -> int:
-        """Report the rows after step `seen`; the last step reported."""
+    def _report_new(self, directory: Path, seen: int, last: int, report: Report) -> int:
+        """Report the rows after step `seen` and up to `last`; the last step reported."""
         for row in read_metrics(directory, self._config.stage):
-            if row["step"] > seen and self._config.metric in row:
+            if seen < row["step"] <= last and self._config.metric in row:
                 seen = int(row["step"])
                 checkpoint = None
                 if self._config.scheduler == "pbt":
@@ -188,15 +187,22 @@ class StageTrial:
 
 
 def trial_recipe(
-    recipe: Recipe, config: TuneConfig, values: Mapping[str, Any], directory: Path
+    recipe: Recipe,
+    config: TuneConfig,
+    values: Mapping[str, Any],
+    directory: Path,
+    donor: Path | None,
 ) -> Recipe:
-    """The recipe of one trial: values, resources, and its own run directory."""
+    """The recipe of one trial: values, resources, its own run directory, and the checkpoint of
+    another trial to begin with, if any."""
     own: dict[str, Any] = {f"{config.stage}.{key}": value for key, value in values.items()}
     own |= {
         "run": directory,
         f"{config.stage}.workers.cpus": config.cpus,
         f"{config.stage}.workers.gpus": config.gpus,
     }
+    if donor is not None:
+        own[f"{config.stage}.checkpoints.adopt"] = donor
     return change(recipe, own, "a trial's value")
 
 
@@ -273,14 +279,6 @@ def _newest_checkpoint(directory: Path, stage: str) -> Path | None:
             return found[-1]
         time.sleep(POLL_S)
     return None
-
-
-def _adopt(donor: Path, directory: Path, stage: str) -> None:
-    """Begin with another trial's checkpoint, in place of what this one had done."""
-    shutil.rmtree(directory / f".{stage}.partial", ignore_errors=True)
-    target = directory / f".{stage}.partial" / ".adopted"
-    target.parent.mkdir(parents=True)
-    shutil.copytree(donor, target)
 
 
 if __name__ == "__main__":

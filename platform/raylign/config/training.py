@@ -93,6 +93,8 @@ class CheckpointConfig(Section):
     """What stays when the stage is finished: nothing, each checkpoint's `hf/`, or all of it."""
     resume: Literal["auto", "never"] = "auto"
     """Go on from the newest checkpoint of an interrupted run of the same settings."""
+    adopt: Path | None = None
+    """Begin with this checkpoint of another run of the same model, whatever its settings were."""
 
 
 class AdapterConfig(Section):
@@ -182,11 +184,6 @@ def check_peft(peft: PeftKind, adapter: AdapterConfig, engine: EngineConfig) -> 
         raise ValueError(
             "peft=prefix needs keys and values that engine.activation_checkpointing does not keep; "
             "set it to false, or choose peft=prompt"
-        )
-    if peft == "qlora" and engine.zero_stage == 3 and engine.backend == "deepspeed":
-        raise ValueError(
-            "peft=qlora: ZeRO-3 cannot share out quantised weights; set engine.zero_stage to 2, "
-            "every rank holds the whole quantised model"
         )
 
 

@@ -15,22 +15,26 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raylign.config import CheckpointConfig
+from raylign.config import CheckpointConfig, UserError
 from raylign.models.loading import DTYPES
 from raylign.run import hash_json
 from raylign.training.checkpoints import (
     STATE,
+    DamageError,
     Event,
     clear_drafts,
     find_newest,
     require_room,
     require_same,
+    verify,
 )
 from raylign.training.engine import Engine
 from raylign.training.export import export_model
 from raylign.training.fragments import StoredState
 from raylign.training.peers import Peers
 from raylign.training.saving import Plan, Saver
+
+_OF_THE_MODEL = ("model", "tokenizer")
 
 _BYTES = 4 * 3  # of a trained weight: master and two moments in float32
 
@@ -146,10 +150,23 @@ class Continuation:
         form, config = self._outline, self._config
         size = form.trained * _BYTES + form.exported
         require_room(self._root, size, form.exported, saves, config.keep, self._name)
-        if found is None:
-            return None
-        path, checkpoint = found
-        require_same(path, checkpoint.identity, form.identity, self._name)
+        if found is not None:
+            path, checkpoint = found
+            require_same(path, checkpoint.identity, form.identity, self._name)
+            return path, checkpoint.step, checkpoint.progress
+        return None if config.adopt is None else self._adopt(config.adopt)
+
+    def _adopt(self, path: Path) -> tuple[Path, int, dict[str, Any]]:
+        """A checkpoint of another run: the same model, but perhaps other settings."""
+        try:
+            checkpoint = verify(path)
+        except DamageError as error:
+            raise UserError(
+                f"{self._name}.checkpoints.adopt={path}: {error}; name the directory of a "
+                "checkpoint, step-NNNNNNNN"
+            ) from None
+        own = {what: self._outline.identity[what] for what in _OF_THE_MODEL}
+        require_same(path, checkpoint.identity, own, self._name)
         return path, checkpoint.step, checkpoint.progress
 
     def _export(self, stored: StoredState, directory: Path) -> None:
