@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raylign.models.enclosure import embed_context, over_pieces, project, run_inside
+from raylign.models.crossentropy import score_targets
+from raylign.models.enclosure import embed_context, run_inside
 
 
 def score_tokens(
@@ -44,20 +45,7 @@ def _score(
     if lengths is not None:
         real = torch.arange(1, tokens.shape[1], device=tokens.device) < lengths[:, None]
 
-    def score_piece(
-        states: torch.Tensor, wanted: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = project(lm, states)
-        if temperature != 1.0:
-            logits = logits / temperature
-        logprobs = torch.log_softmax(logits, dim=-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, wanted[:, None])[:, 0], entropy
-
-    states, wanted = hidden[real], targets[real]
-    logprobs, entropy = over_pieces(
-        score_piece, len(wanted), lm.config.vocab_size, states, wanted, piece=piece
-    )
+    logprobs, entropy = score_targets(lm, hidden[real], targets[real], temperature, piece=piece)
     return _scatter(logprobs, real), _scatter(entropy, real)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.algorithms.preference import (
@@ -24,7 +23,7 @@ from raylign.algorithms.preference import (
     kto_kl,
 )
 from raylign.algorithms.reward import bradley_terry, count_right, right_or_wrong
-from raylign.models.enclosure import over_pieces, project
+from raylign.models.crossentropy import score_targets
 from raylign.models.heads import score_states
 from raylign.training.compared_rows import (
     ComparedFile,
@@ -217,13 +216,10 @@ def sum_logprobs(
         places, targets, lengths = places[kept], targets[kept], lengths[:, answer]
     states = hidden.flatten(0, 1).index_select(0, places)
 
-    def score(piece: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor]:
-        return (nn.functional.cross_entropy(project(lm, piece), wanted, reduction="none"),)
-
-    (costs,) = over_pieces(score, len(targets), lm.config.vocab_size, states, targets)
+    scores, _ = score_targets(lm, states, targets, entropies=False)
     if not lengths.numel():
-        return costs.sum() + torch.zeros(lengths.shape, device=costs.device)
-    sums: torch.Tensor = torch.segment_reduce(-costs, "sum", lengths=lengths.flatten())
+        return scores.sum() + torch.zeros(lengths.shape, device=scores.device)
+    sums: torch.Tensor = torch.segment_reduce(scores, "sum", lengths=lengths.flatten())
     return sums.view(lengths.shape)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raylign.models.enclosure import embed_context, over_pieces, project, run_inside
+from raylign.models.crossentropy import sum_costs
+from raylign.models.enclosure import embed_context, run_inside
 from raylign.runtime import derive_seed
 from raylign.training.engine import Engine
 from raylign.training.noise import gather_noise, noisy
@@ -149,15 +150,7 @@ def sum_cross_entropy(
     """
     chosen = trained[:, 1:]
     states, targets = hidden[:, :-1][chosen], tokens[:, 1:][chosen]
-
-    def sum_piece(piece_states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor]:
-        logits = project(lm, piece_states)
-        return (nn.functional.cross_entropy(logits, wanted, reduction="sum")[None],)
-
-    (sums,) = over_pieces(
-        sum_piece, len(targets), lm.config.vocab_size, states, targets, piece=piece
-    )
-    return sums.sum()
+    return sum_costs(lm, states, targets, piece=piece)
 
 
 def score_text(
