@@ -63,6 +63,7 @@ def encode_dialogues(
     texts = list({text for plan in plans if not isinstance(plan, str) for text in plan.list()})
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     ids = dict(zip(texts, rows, strict=True))
+    ids |= {p.whole: p.marked[0] for p in plans if not isinstance(p, str) and p.marked}
     return [plan if isinstance(plan, str) else encoder.compose(plan, ids) for plan in plans]
 
 
@@ -116,8 +117,9 @@ class _Plan:
     """Tokens of `whole`, and those that the template marks."""
 
     def list(self) -> Iterator[str]:
-        """Every text to tokenise."""
-        yield self.whole
+        """Every text that is still to be tokenised."""
+        if self.marked is None:
+            yield self.whole
         for texts in (self.prompts, self.ends, self.others):
             yield from texts.values()
 
