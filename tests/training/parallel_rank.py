@@ -33,6 +33,17 @@ from raylign.training.sums import Sums
 WORLDS = (2, 4)
 VOCABULARY, ROWS, LENGTH, STEPS = 64, 6, 19, 20
 SHAPE = ModelConfig(hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, context=32)
+UNTIED = SHAPE.model_copy(update={"tie_embeddings": False})
+GPTJ = ModelConfig(
+    family="gptj",
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    ffn_size=48,
+    context=32,
+    rotary_dim=4,
+    tie_embeddings=False,
+)
 OPTIMIZER = OptimizerConfig(lr=3e-3, clip=0.5)
 OBJECTIVE = LanguageObjective(Path(), "corpus")
 
@@ -43,8 +54,7 @@ class Case:
 
     engine: EngineConfig
     micro_batch: int = 3
-    untied: bool = False
-    """The head has a weight of its own."""
+    shape: ModelConfig = SHAPE
     steps: int = STEPS
     poisoned: bool = False
     """After the steps, one rank's loss is not a number."""
@@ -60,7 +70,8 @@ def list_cases(world: int) -> dict[str, Case]:
     if world == 1:
         return {
             "whole": case(backend="torch", micro_batch=ROWS),
-            "untied": case(backend="torch", micro_batch=ROWS, untied=True),
+            "untied": case(backend="torch", micro_batch=ROWS, shape=UNTIED),
+            "gptj": case(backend="torch", micro_batch=ROWS, shape=GPTJ),
             "start": case(backend="torch", steps=0),
         }
     if world == 4:
@@ -81,7 +92,8 @@ def list_cases(world: int) -> dict[str, Case]:
         "zero3-offload-all": case(zero_stage=3, offload="all", **again),
         "tensor-zero0": case(zero_stage=0, tensor_parallel=2),
         "tensor-zero1": case(zero_stage=1, tensor_parallel=2, **again),
-        "tensor-zero2-untied": case(zero_stage=2, tensor_parallel=2, untied=True),
+        "tensor-zero2-untied": case(zero_stage=2, tensor_parallel=2, shape=UNTIED),
+        "tensor-zero1-gptj": case(zero_stage=1, tensor_parallel=2, shape=GPTJ),
         "sequence-zero0": case(zero_stage=0, sequence_parallel=2),
         "sequence-zero1": case(zero_stage=1, sequence_parallel=2, **again),
         "sequence-zero3": case(zero_stage=3, sequence_parallel=2),
@@ -122,8 +134,7 @@ def draw_rows(step: int) -> TextRows:
 
 
 def build(given: Case, seed: int = 7) -> Engine:
-    shape = SHAPE.model_copy(update={"tie_embeddings": not given.untied})
-    model = initialise(build_config(shape, VOCABULARY, pad_id=0, eos_id=1), seed)
+    model = initialise(build_config(given.shape, VOCABULARY, pad_id=0, eos_id=1), seed)
     return build_engine(given.engine, model, OPTIMIZER)
 
 

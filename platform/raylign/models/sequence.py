@@ -26,6 +26,8 @@ from raylign.models.prompts import NAME
 
 ULYSSES = "ulysses"
 """Name of the attention among those of transformers."""
+SHARING = "shared_positions"
+"""Attribute of a model whose ranks share positions."""
 
 
 def share_sequences(
@@ -54,6 +56,7 @@ def share_sequences(
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups //= copies
             module.sequence_share = share
+    object.__setattr__(lm, SHARING, SharedPositions(group))
     cut = _Cut(lm.get_input_embeddings(), group)
     decoder.register_forward_pre_hook(cut.take, with_kwargs=True)
     # Virtual tokens that an adapter puts in front were put there before, and are stripped after.
@@ -85,6 +88,50 @@ class Share:
         """How many ranks get each key/value head."""
         self.inner = inner
         """The attention that computes, of the whole sequence and some heads."""
+
+
+class Positions:
+    """What a rank does of the work on a list of positions: here, all of it."""
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's stretch of a tensor [n, ...]."""
+        return tensor
+
+    def sum(self, total: torch.Tensor) -> torch.Tensor:
+        """A scalar, added up over the ranks."""
+        return total
+
+    def join(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        """The values [n] of all positions, from those of this rank's stretch; `count` is n."""
+        return values
+
+
+class SharedPositions(Positions):
+    """Ranks that have the same hidden states share the work of the head on them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._ranks, self._place = dist.get_world_size(group), dist.get_rank(group)
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = -(-len(tensor) // self._ranks)
+        return tensor[self._place * size : (self._place + 1) * size]
+
+    def sum(self, total: torch.Tensor) -> torch.Tensor:
+        summed: torch.Tensor = _Sum.apply(total, self._group)
+        return summed
+
+    def join(self, values: torch.Tensor, count: int) -> torch.Tensor:
+        size = -(-count // self._ranks)
+        padded = nn.functional.pad(values, (0, size - len(values)))
+        whole: torch.Tensor = _Gather.apply(padded[None], self._group)
+        return whole[0, :count]
+
+
+def find_positions(lm: PreTrainedModel) -> Positions:
+    """How the ranks that hold `lm` share the work on hidden states."""
+    found: Positions = getattr(lm, SHARING, _ALONE)
+    return found
 
 
 class _Cut:
@@ -193,6 +240,25 @@ def _exchange(sent: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return received
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over the ranks, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _sum(total, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum(gradients[0], ctx.group), None
+
+
+def _sum(total: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    total = total.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _Gather(torch.autograd.Function):
     """Pieces [B, T / ranks, ...] to [B, T, ...]; backward sums over the ranks."""
 
@@ -210,3 +276,6 @@ class _Gather(torch.autograd.Function):
         found = sent.new_empty((sent.shape[0] // ranks, *sent.shape[1:]))
         dist.reduce_scatter_single(found, sent, group=ctx.group)
         return found, None
+
+
+_ALONE = Positions()
