@@ -5,16 +5,23 @@ Where TRL has a version of a template that marks answers, its masks are ours.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from raylign.data.chat import Conversation, closes_answers, encode_dialogues
+from raylign.data.chat import (
+    Conversation,
+    closes_answers,
+    encode_dialogues,
+    read_demonstrations,
+)
 from raylign.data.chat.display import list_tokens, render_tokens
 from raylign.data.chat.encoding import encode_continuations
 from raylign.data.instructions import Continuation, Dialogue
+from raylign.models.loading import load_tokenizer
 from raylign.tokenization.train import train_bpe
 
 CHATML = (
@@ -272,3 +279,42 @@ def test_masks_are_those_of_trl_s_marked_templates(
     assert [t for t in ours.token_ids[ours.trained] if tokenizer.decode([t]).strip()] == [
         t for t in marked.token_ids[marked.trained] if tokenizer.decode([t]).strip()
     ]
+
+
+@pytest.mark.slow
+def test_examples_are_those_of_trl_s_trainer(tiny_model: Path, tmp_path: Path) -> None:
+    """Of messages, of prompt and completion as messages, and of both as text."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer(tiny_model)
+    chats = [
+        [user("w1 w2"), assistant("w3")],
+        [user("w4"), assistant("w5 w6"), user("w7"), assistant("w8")],
+    ]
+    given = [[user("w1"), assistant("w2"), user("w3")], [user("w9")]]
+    plain = [{"prompt": "w1 w2", "completion": " w3 w4"}, {"prompt": "w5", "completion": " w6"}]
+    sets: list[tuple[list[dict[str, Any]], dict[str, bool]]] = [
+        ([{"messages": chat} for chat in chats], {"assistant_only_loss": True}),
+        ([{"prompt": turns, "completion": [assistant("w8 w7")]} for turns in given], {}),
+        (plain, {}),
+    ]
+    for rows, options in sets:
+        settings = trl.SFTConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, **options
+        )
+        trainer = trl.SFTTrainer(
+            str(tiny_model),
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        ours = read_demonstrations(file, tokenizer, 64).conversations
+        for one, other in zip(ours, trainer.train_dataset, strict=True):
+            assert one.token_ids.tolist() == other["input_ids"]
+            assert [
+                token if trained else -100
+                for token, trained in zip(one.token_ids.tolist(), one.trained, strict=True)
+            ] == other["labels"]
