@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 import raylign.config
-from raylign.config import AlignConfig, ConfigError, Recipe, Section, load_recipe
+from raylign.config import AlignConfig, ConfigError, ModelConfig, Recipe, Section, load_recipe
 from raylign.config.loading import SYNONYMS, flatten_keys
+from raylign.config.presets import PRESETS
 
 
 @pytest.fixture
@@ -89,6 +90,21 @@ def test_a_model_is_a_shape_or_a_directory(tmp_path: Path) -> None:
     assert named.pretrain.model == "runs/a/pretrain"
 
 
+def test_a_preset_holds_where_the_recipe_is_silent(tmp_path: Path) -> None:
+    text = "pretrain: {model: {preset: gpt2-125m, layers: 2}}"
+    recipe = load(tmp_path, text, "pretrain.model.context=64")
+    assert recipe.pretrain is not None and isinstance(recipe.pretrain.model, ModelConfig)
+    shape = recipe.pretrain.model
+    assert (shape.layers, shape.context, shape.hidden_size, shape.kv_heads) == (2, 64, 768, 4)
+    again = ModelConfig.model_validate(shape.model_dump(exclude_unset=True))
+    assert again == shape
+
+
+def test_every_preset_is_a_shape() -> None:
+    for name in PRESETS:
+        assert ModelConfig(preset=name).preset == name
+
+
 def test_a_recipe_is_frozen(tmp_path: Path) -> None:
     recipe = load(tmp_path, "align: {}")
     with pytest.raises(ValidationError):
@@ -142,6 +158,15 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         (
             "pretrain:\n  model: {heads: 3}\n",
             "r.yaml:2: pretrain.model={'heads': 3}: heads=3 must divide hidden_size=128",
+        ),
+        (
+            "pretrain:\n  model:\n    layers: 2\n    preset: gpt2-124m\n",
+            "r.yaml:4: pretrain.model.preset='gpt2-124m': no preset of this name; did you mean "
+            "gpt2-125m?",
+        ),
+        (
+            "pretrain:\n  model: {preset: tiny-gptj, kv_heads: 1}\n",
+            "r.yaml:2: pretrain.model={'preset': 'tiny-gptj', 'kv_heads': 1}: kv_heads has no ",
         ),
         (
             "prepare:\n  sources:\n    - kind: textbook\n    - kind: pidoc\n",

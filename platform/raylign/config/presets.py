@@ -77,8 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def suggest_preset(name: str) -> str:
-    """The nearest names, or all of them; the end of a complaint about `name`."""
-    close = difflib.get_close_matches(name.lower(), PRESETS, n=2, cutoff=0.5)
+    """The nearest name, or all of them; the end of a complaint about `name`."""
+    close = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {' or '.join(close)}?"
+        return f"did you mean {close[0]}?"
     return f"there are {', '.join(PRESETS)}"
