@@ -16,6 +16,7 @@ from jobs.plan import OPTION, answer_early, show_plan
 if __name__ == "__main__":  # a plan needs nothing of what follows
     answer_early("pretrain")
 
+from rich.markup import escape
 from transformers import PreTrainedConfig
 
 from jobs.entry import locate, locate_start, main, perform, section
@@ -23,6 +24,7 @@ from raylign.config import ModelConfig, PretrainConfig, Recipe, TrainingConfig, 
 from raylign.data.packing import PackedShards
 from raylign.models.assembly import Head, ModelPlan
 from raylign.models.catalog import read_choice
+from raylign.models.hub import is_hub_name
 from raylign.models.loading import load_config, load_tokenizer, pad_id
 from raylign.models.presets import build_config
 from raylign.run import Draft, Run
@@ -30,7 +32,11 @@ from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
 from raylign.training.loop import SupervisedTask
 from raylign.training.objectives import LanguageObjective
+from raylign.training.sampling import compare_samples
 from raylign.training.supervised import train
+
+SHOWN = 70
+"""Letters of a sample on the board."""
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -155,7 +161,18 @@ def plan_model(
     config: TrainingConfig, start: Path | PreTrainedConfig, seed: int, head: Head = "language"
 ) -> ModelPlan:
     """The model as every rank builds it."""
-    return ModelPlan(start, seed, head, config.peft, config.adapter)
+    named = getattr(config, "model", None)
+    # A hub name means the same to everyone who is given the adapter; a directory's place may not.
+    hub = isinstance(named, str) and is_hub_name(named) and not Path(named).exists()
+    return ModelPlan(
+        start,
+        seed,
+        head,
+        config.peft,
+        config.adapter,
+        base=named if hub else None,
+        dtype=config.engine.dtype,
+    )
 
 
 def count_steps(config: TrainingConfig, rows: int) -> int:
@@ -175,6 +192,32 @@ def show(draft: Draft, board: ProgressBoard) -> None:
         f"{found['tokens_per_second']:,.0f} a second; loss {found['initial_loss']:.3f} to "
         f"{found['loss']:.3f}{validation}"
     )
+    if "peft" in found:
+        _show_adapter(draft, board)
+    for prompt, before, after in compare_samples(draft.path):
+        board.say(f"  [dim]{_cut(prompt)}[/]\n    {_cut(before)} [dim]->[/] {_cut(after)}")
+
+
+def _show_adapter(draft: Draft, board: ProgressBoard) -> None:
+    """What was trained in place of all weights, in one line, and what can be done with it."""
+    found = draft.summary
+    count = found["trained_parameters"]
+    total = count / found["trained_share"]
+    kinds = ", ".join(
+        f"{name} {part / total:.2%}" for name, part in found["trained_by_kind"].items()
+    )
+    board.say(f"  {found['peft']}: {count:,} parameters trained, {count / total:.2%}: {kinds}")
+    if not (draft.path / "model").is_dir():
+        board.say(
+            f"  [yellow]no model/: a {found['peft']} adapter cannot be folded into one;[/] "
+            "adapter/ serves with the transformers backend, and no stage trains on from it"
+        )
+
+
+def _cut(text: str) -> str:
+    """The beginning of a text, in one line."""
+    line = " ".join(text.split())
+    return escape(line if len(line) <= SHOWN else f"{line[:SHOWN]}…")
 
 
 if __name__ == "__main__":

@@ -59,19 +59,8 @@ class Adaptation:
         """Whether it can be folded into the base."""
         return self.kind in FOLDABLE
 
-    def describe(self) -> str:
-        """One line: what is trained, and how much."""
-        count = sum(self.trained.values())
-        parts = ", ".join(
-            f"{kind} {part / self.parameters:.2%}" for kind, part in self.trained.items()
-        )
-        return (
-            f"{self.kind}: {count:,} of {self.parameters:,} parameters are trained "
-            f"({count / self.parameters:.2%}): {parts}"
-        )
-
     def summarise(self) -> dict[str, Any]:
-        """The same for a stage's summary."""
+        """What a stage's summary says of it."""
         count = sum(self.trained.values())
         return {
             "peft": self.kind,

@@ -84,7 +84,7 @@ def fold(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight, bias = read_weight(base), base.bias
     if base is not module:
         name = module.active_adapters[0]
-        weight = weight + module.get_delta_weight(name).to(weight.dtype)
+        weight = weight + module.get_delta_weight(name)
         if name in getattr(module, "lora_magnitude_vector", {}):
             lengths = torch.linalg.norm(weight, dim=1)
             weight = weight * (module.lora_magnitude_vector[name].weight / lengths)[:, None]
@@ -166,10 +166,10 @@ def attach_adapter(lm: PreTrainedModel, path: Path) -> PreTrainedModel:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"adapter {path} does not fit its base: {reason}") from None
-    lm.requires_grad_(False)
-    adapted = tuner.get_base_model()
-    assert adapted is lm
-    return lm.eval()
+    assert tuner.get_base_model() is lm
+    for name in form.get("modules_to_save") or ():
+        setattr(lm, name, getattr(lm, name).modules_to_save["default"])  # a trained head
+    return lm.requires_grad_(False).eval()
 
 
 def fold_into(lm: PreTrainedModel) -> PreTrainedModel:

@@ -40,12 +40,11 @@ from raylign.training.export import export_stage
 from raylign.training.heartbeat import Pulse
 from raylign.training.objectives import Objective
 from raylign.training.rows import Rows, Whole, deal
-from raylign.training.sampling import Sampler
+from raylign.training.sampling import SAMPLES_FILE, Sampler
 from raylign.training.schedule import learning_rate
 from raylign.training.sums import LossFunction, Sums, add
 
 LOG_EVERY = 10
-SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS = ".checkpoints"
 SCRATCH = ".scratch"
 DIVERGED = "diverged"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raylign.models.loading import pad_id
+from raylign.tracking import read_lines
+
+SAMPLES_FILE = "samples.jsonl"
+COMPARISON_FILE = "samples.md"
 
 
 class Sampler:
@@ -34,3 +39,22 @@ class Sampler:
             ids, attention_mask=torch.ones_like(ids), generation_config=settings
         )
         return self._tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+
+
+def compare_samples(stage: Path) -> list[tuple[str, str, str]]:
+    """(prompt, before, after) of a stage that sampled before its first step and after its last;
+    also written to its `samples.md`. Empty for one that did not."""
+    rows = read_lines(stage / SAMPLES_FILE)
+    texts = {(row["step"], row["prompt"]): row["text"] for row in rows}
+    last = max((row["step"] for row in rows), default=0)
+    prompts = [row["prompt"] for row in rows if row["step"] == 0] if last else []
+    found = [(p, texts[0, p], texts[last, p]) for p in prompts if (last, p) in texts]
+    if found:
+        lines = ["| prompt | before | after |", "|---|---|---|"]
+        lines += [f"| {' | '.join(_cell(text) for text in row)} |" for row in found]
+        (stage / COMPARISON_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return found
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
