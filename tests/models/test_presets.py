@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 from raylign.config import ModelConfig, UserError
 from raylign.config.presets import PRESETS
 from raylign.data.packing import attention_mask, positions
+from raylign.models.budget import count
 from raylign.models.catalog import read_choice
-from raylign.models.loading import initialise
+from raylign.models.hub import locate_config
+from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
 from raylign.models.presets import build_config, count_parameters
 from raylign.training.objectives import embed_batch
 from raylign.training.rows import MicroBatch
@@ -30,14 +34,14 @@ def test_parameters_are_counted_without_building_the_model(name: str) -> None:
 
 
 def test_presets_have_the_sizes_they_are_known_by() -> None:
-    def count(name: str, vocabulary: int) -> float:
+    def size(name: str, vocabulary: int) -> int:
         config = build_config(ModelConfig(preset=name), vocabulary, pad_id=0, eos_id=1)
         return count_parameters(config)
 
-    assert count("gpt2-125m", 50_304) == pytest.approx(125e6, rel=0.01)
-    assert count("shakespeare-char", 65) == pytest.approx(10.65e6, rel=0.01)  # nanoGPT's
-    assert count("llama-3.1-8b", 128_256) == 8_030_261_248  # Meta's
-    assert count("gptj-6b", 50_257) == 6_050_882_784  # EleutherAI's
+    assert size("gpt2-125m", 50_304) == pytest.approx(125e6, rel=0.01)
+    assert size("shakespeare-char", 65) == pytest.approx(10.65e6, rel=0.01)  # nanoGPT's
+    assert size("llama-3.1-8b", 128_256) == 8_030_261_248  # Meta's
+    assert size("gptj-6b", 50_257) == 6_050_882_784  # EleutherAI's
 
 
 def test_the_shape_is_the_one_asked_for() -> None:
@@ -81,6 +85,20 @@ def test_gptj_rotates_part_of_a_head_and_computes() -> None:
     first, second = (model(input_ids=t).logits for t in (tokens, later))
     assert first.shape == (1, 4, 50)
     assert torch.equal(first[:, :3], second[:, :3]) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-gptj"])
+def test_a_preset_goes_to_disk_and_back(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    config = build_config(ModelConfig(preset=name), len(tokenizer), pad_id=0, eos_id=1)
+    model = initialise(config, 0)
+    save_model(model, model.config, tokenizer, tmp_path)
+    loaded = load_model(tmp_path)
+    tokens = torch.arange(2, 20)[None]
+    assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    assert locate_config(tmp_path) == tmp_path / "config.json"
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert count(fields).total == sum(p.numel() for p in loaded.parameters())
 
 
 def test_documents_of_a_row_do_not_see_each_other_in_any_family() -> None:
