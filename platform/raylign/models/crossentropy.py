@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from raylign.models.enclosure import LOGIT_BYTES, over_pieces, project
+from raylign.models.sequence import find_positions
 
 
 def sum_costs(
@@ -25,12 +26,19 @@ def sum_costs(
     """Sum of -log p(target), in nats: a float32 scalar.
 
     states: [n, width], after the decoder's last norm; targets: int64 [n]. `piece` positions are
-    projected onto the vocabulary at a time; chosen by memory when None.
+    projected onto the vocabulary at a time; chosen by memory when None. Ranks that share sequences
+    share the positions too.
     """
+    share = find_positions(lm)
+    return share.sum(_sum_costs(lm, share.cut(states), share.cut(targets), piece))
+
+
+def _sum_costs(
+    lm: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, piece: int | None
+) -> torch.Tensor:
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:
-        costs = score_targets(lm, states, targets, entropies=False, piece=piece)[0]
-        return -costs.sum()
+        return -_score_targets(lm, states, targets, 1.0, False, piece)[0].sum()
     piece = piece or choose_piece(head.out_features)
     learning = torch.is_grad_enabled()
     return _SumOfCosts.apply(states, head.weight, head.bias, targets, piece, learning)
@@ -47,8 +55,23 @@ def score_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log p(target) and the entropy in nats at every position, both float32 [n], differentiable.
 
-    states: [n, width]; targets: int64 [n]. Without `entropies` the second is empty.
+    states: [n, width]; targets: int64 [n]. Without `entropies` the second is empty. Ranks that
+    share sequences share the positions too.
     """
+    share, count = find_positions(lm), len(targets)
+    states, targets = share.cut(states), share.cut(targets)
+    scores, found = _score_targets(lm, states, targets, temperature, entropies, piece)
+    return share.join(scores, count), share.join(found, count) if entropies else found
+
+
+def _score_targets(
+    lm: PreTrainedModel,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    entropies: bool,
+    piece: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     head = lm.get_output_embeddings()
     if type(head) is nn.Linear:
         piece = piece or choose_piece(head.out_features)
