@@ -148,10 +148,11 @@ def prune(root: Path, keep: int) -> list[Event]:
     return events
 
 
-def clear_drafts(root: Path) -> None:
-    """Remove what saves that did not end have left."""
+def clear_drafts(root: Path, current: Path | None = None) -> None:
+    """Remove what saves that did not end have left, but not the `current` one."""
     for path in root.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path != current:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def require_same(

@@ -136,7 +136,7 @@ class Saver:
         """This rank's part, and a note that it is there."""
         plan = self._plan
         if plan.rank == 0:
-            clear_drafts(plan.root)
+            clear_drafts(plan.root, draft)  # other ranks may be writing there already
         name = f"rank-{plan.rank:05d}"
         parts = draft / _PARTS
         for directory in (draft / STATE, parts):
