@@ -15,11 +15,13 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
+from transformers import PreTrainedModel
 
 from actors.weights import Canary, WeightManifest, publish_weights
 from raylign.algorithms.catalog import Algorithm, find_algorithm
 from raylign.algorithms.policy import Coefficients
 from raylign.config import AlgorithmConfig, AlignConfig
+from raylign.models.assembly import ModelPlan
 from raylign.models.loading import load_model, load_tokenizer, save_model
 from raylign.records import Trajectory, collate
 from raylign.tracking import Metric, merge
@@ -65,9 +67,12 @@ def resolve_algorithm(config: AlgorithmConfig) -> tuple[Algorithm, Coefficients]
 class LearnerWorker:
     """One rank of the learner behind a Ray actor."""
 
-    def __init__(self, rank: int, world_size: int, model: Path, config: AlignConfig) -> None:
+    def __init__(
+        self, rank: int, world_size: int, model: Path, config: AlignConfig, seed: int = 0
+    ) -> None:
+        """seed: of a new adapter's weights, the same on every rank."""
         self._rank, self._world_size = rank, world_size
-        self._model, self._config = model, config
+        self._model, self._config, self._seed = model, config, seed
 
     def address(self) -> str:
         """Where rank 0 waits for the others."""
@@ -91,19 +96,37 @@ class LearnerWorker:
             world_size=self._world_size,
             timeout=timedelta(seconds=config.engine.timeout_s),
         )
-        policy = load_model(self._model, config.engine.dtype)
-        reference = load_model(self._model, config.engine.dtype)
         self._tokenizer = load_tokenizer(self._model)
+        policy = self._build_policy()
         algorithm, coefficients = resolve_algorithm(config.algorithm)
+        history = config.max_staleness if config.mismatch_sample else -1
+        adapted = config.peft != "none"
+        plain = None
+        if not adapted or history >= 0:
+            plain = load_model(self._model, config.engine.dtype)
         self._learner = PolicyLearner(
             build_engine(config.engine, policy, config.optimizer),
-            reference,
+            None if adapted else plain,
             algorithm,
             coefficients,
             temperature=config.sampling.temperature or 1.0,
-            history=config.max_staleness if config.mismatch_sample else -1,
+            history=history,
+            scratch=plain if adapted else None,
         )
         self._architecture = policy.config
+
+    def _build_policy(self) -> PreTrainedModel:
+        """The model in training; with an adapter, if it is that which is trained."""
+        config = self._config
+        if config.peft == "none":
+            return load_model(self._model, config.engine.dtype)
+        return ModelPlan(
+            self._model,
+            self._seed,
+            peft=config.peft,
+            adapter=config.adapter,
+            dtype=config.engine.dtype,
+        ).build()
 
     def update(self, task: LearnerTask, lr: float) -> LearnerReport:
         """Update on this rank's rows. All ranks at once."""
@@ -223,10 +246,11 @@ class LearnerGroup:
 
 
 def spawn_learner_workers(
-    options: Mapping[str, Any], model: Path, config: AlignConfig
+    options: Mapping[str, Any], model: Path, config: AlignConfig, seed: int = 0
 ) -> list[ActorHandle]:
     """Start every rank's actor with the given Ray resources."""
     actor = ray.remote(LearnerWorker).options(**options)
     return [
-        actor.remote(r, config.learner.count, model, config) for r in range(config.learner.count)
+        actor.remote(r, config.learner.count, model, config, seed)
+        for r in range(config.learner.count)
     ]

@@ -23,7 +23,8 @@ from actors.rollout import RolloutPool, spawn_rollout_worker
 from jobs.entry import locate, main, model_directory, perform, section
 from raylign.config import AlignConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
-from raylign.models.loading import load_tokenizer, require_chat_template
+from raylign.models.folding import require_plain
+from raylign.models.loading import load_config, load_tokenizer, require_chat_template
 from raylign.records import Prompt
 from raylign.rewards.source import load_reward
 from raylign.run import Draft, Run
@@ -45,7 +46,8 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     def build(draft: Draft) -> None:
         tokenizer = load_tokenizer(model)
         require_chat_template(tokenizer, model)
-        context = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+        require_plain(model)
+        context = int(load_config(model).max_position_embeddings)
         ready = read_prompts(prompts, tokenizer, context, config.sampling.max_tokens)
         with board.bar("align", config.steps) as bar:
             asyncio.run(_learn(config, model, ready, context, seed, draft, bar))
@@ -140,7 +142,8 @@ def _assemble(
         return spawn_rollout_worker(name, placement.rollout, model, config.rollout, context, own)
 
     reward = partial(spawn_reward_worker, options=placement.reward, config=config.reward)
-    workers = spawn_learner_workers(placement.learner, model, config)
+    own = derive_seed(seed, "adapter")
+    workers = spawn_learner_workers(placement.learner, model, config, own)
     return Crew(
         rollouts=RolloutPool(config.rollout, rollout, note_sync(journal)),
         rewards=RewardPool(config.reward, reward),

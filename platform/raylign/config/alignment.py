@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylign.config.section import Section
-from raylign.config.training import EngineConfig, OptimizerConfig, ScheduleConfig
+from raylign.config.training import (
+    AdapterConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    check_peft,
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -119,6 +125,10 @@ class AlignConfig(Section):
     """Completions a prompt."""
     max_staleness: int = Field(default=1, ge=0)
     """Policy versions a sample may lag behind the learner; 0 is synchronous."""
+    peft: Literal["none", "lora", "qlora", "dora"] = "none"
+    """Train a small adapter in place of all weights; what is published has it folded in, and the
+    reference is the policy without it."""
+    adapter: AdapterConfig = AdapterConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -133,3 +143,12 @@ class AlignConfig(Section):
     """Steps between saved example rollouts."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between saved policies besides the last; 0 saves the last only."""
+
+    @model_validator(mode="after")
+    def _check_peft(self) -> AlignConfig:
+        check_peft(self.peft, self.adapter, self.engine)
+        if self.adapter.dropout:
+            raise ValueError(
+                "adapter.dropout would train another policy than the one that samples; leave it out"
+            )
+        return self

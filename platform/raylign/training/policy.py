@@ -15,6 +15,7 @@ import torch
 
 from raylign.algorithms.catalog import Algorithm
 from raylign.algorithms.policy import Coefficients, PolicyInputs
+from raylign.models.adapters import without_adapter
 from raylign.models.logprobs import score_tokens
 from raylign.records import Batch
 from raylign.tracking import Metric, merge
@@ -31,17 +32,29 @@ class PolicyLearner:
     def __init__(
         self,
         engine: Engine,
-        reference: torch.nn.Module,
+        reference: torch.nn.Module | None,
         algorithm: Algorithm,
         coefficients: Coefficients,
         *,
         temperature: float,
         history: int,
+        scratch: torch.nn.Module | None = None,
     ) -> None:
-        """`history` past versions are remembered besides the current one; -1 remembers none."""
+        """`history` past versions are remembered besides the current one; -1 remembers none.
+
+        Without a `reference` the engine's model is adapted, and the reference is that model with
+        its adapter switched off; `scratch` is then a plain model of the same architecture, to put
+        past versions into.
+        """
         self._engine = engine
-        self._reference = reference.eval().requires_grad_(False).to(engine.device)
-        self._scratch = copy.deepcopy(self._reference) if history >= 0 else None
+        self._reference = None if reference is None else self._freeze(reference)
+        if history < 0:
+            self._scratch = None
+        elif scratch is not None:
+            self._scratch = self._freeze(scratch)
+        else:
+            assert self._reference is not None, "without a reference, give a scratch model"
+            self._scratch = copy.deepcopy(self._reference)
         self._algorithm, self._coefficients = algorithm, coefficients
         self._temperature = temperature
         self._past: deque[tuple[int, dict[str, torch.Tensor]]] = deque(maxlen=max(1, history + 1))
@@ -99,6 +112,9 @@ class PolicyLearner:
         scores = (score_tokens(self._engine.module, self._tensor(s)) for s in sequences)
         return tuple(logprobs[0].float().cpu().numpy() for logprobs, _ in scores)
 
+    def _freeze(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model.eval().requires_grad_(False).to(self._engine.device)
+
     def _tensor(self, sequence: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(sequence)], device=self._engine.device)
 
@@ -136,17 +152,26 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _score_old(self, batch: Batch | None) -> torch.Tensor | None:
-        if batch is None:
-            return None
-        scores = score_tokens(self._engine.module, batch.tokens, batch.lengths, self._temperature)
-        return scores[0]
+        return self._score_engine(batch)
 
     @torch.no_grad()
     def _score_reference(self, batch: Batch | None) -> torch.Tensor | None:
-        if batch is None or self._coefficients.kl_coef == 0:
+        if self._coefficients.kl_coef == 0:
+            return None
+        if self._reference is None:
+            with without_adapter(self._engine.lm):
+                return self._score_engine(batch)
+        if batch is None:
             return None
         scores = score_tokens(self._reference, batch.tokens, batch.lengths, self._temperature)
         return scores[0]
+
+    def _score_engine(self, batch: Batch | None) -> torch.Tensor | None:
+        """Ranks that share the weights must call the model equally often, batch or none."""
+        if batch is None:
+            score_tokens(self._engine.module, self._tensor((0, 0)))
+            return None
+        return score_tokens(self._engine.module, batch.tokens, batch.lengths, self._temperature)[0]
 
     @torch.no_grad()
     def _score_past(self, weights: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
