@@ -20,6 +20,7 @@ from jobs.plan import OPTION, answer_early, show_plan
 if __name__ == "__main__":  # a plan needs nothing of what follows
     answer_early("sft")
 
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from jobs.entry import locate, locate_start, main, model_directory, perform, section
@@ -29,7 +30,7 @@ from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import (
     Conversation,
     Demonstrations,
-    closes_answers,
+    find_closing,
     read_demonstrations,
     require_enough,
     write_rejections,
@@ -155,7 +156,7 @@ def prepare_rows(
         rejected_reasons=dict(reasons),
     )
     for line in describe(found, tokenizer):
-        board.say(f"  {line}")
+        board.say(escape(f"  {line}"))
 
 
 def describe(found: Demonstrations, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -171,8 +172,14 @@ def describe(found: Demonstrations, tokenizer: PreTrainedTokenizerBase) -> list[
         lines.append(f"{split_up:,} more examples, where the chat template rewrites earlier turns")
     if found.truncated:
         lines.append(f"{found.truncated:,} cut at sequence_length")
-    if not any(closes_answers(each, tokenizer) for each in found.conversations[:_PEEKED]):
+    closing = find_closing(found.conversations[:_PEEKED], tokenizer)
+    if closing is None:
         lines.append("no answer ends with a special token: the model will not learn to stop")
+    elif closing != tokenizer.eos_token:
+        lines.append(
+            f"answers end with {closing}, and the tokenizer's eos_token is {tokenizer.eos_token}: "
+            "whatever generates has to stop at the first"
+        )
     return lines + [f"left out: {line}" for line in found.describe()]
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raylign.data.chat import (
     Conversation,
-    closes_answers,
     encode_dialogues,
+    find_closing,
     read_demonstrations,
 )
 from raylign.data.chat.display import list_tokens, render_tokens
@@ -111,7 +111,9 @@ def test_marks_and_prefixes_agree(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(by_marks) == len(by_prefixes) == 1
     assert by_marks[0].token_ids.tolist() == by_prefixes[0].token_ids.tolist()
     assert by_marks[0].trained.tolist() == by_prefixes[0].trained.tolist()
-    assert closes_answers(by_marks[0], tokenizer)
+    assert find_closing(by_marks, tokenizer) == "<|im_end|>"
+    unclosed = encode(tokenizer, CHATML.replace("<|im_end|>", ""), Dialogue(TWICE[:2]))
+    assert find_closing(unclosed, tokenizer) is None
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,6 +134,24 @@ def test_without_packing_every_conversation_has_its_row(
     assert int(whole.trained.sum()) == packed.summary["trained_tokens"]
 
 
+def test_brackets_of_a_template_s_message_are_words(model: Path, tmp_path: Path) -> None:
+    """And not a terminal's markup."""
+    odd = tmp_path / "odd"
+    shutil.copytree(model, odd)
+    rows = [*alpaca(9), {"instruction": "[/INST]", "output": "x"}]
+    refusing = "{% if '[' in messages[0].content %}{{ raise_exception('[/INST] is no word') }}"
+    (odd / "chat_template.jinja").write_text(refusing + "{% endif %}" + CHATML)
+    said = io.StringIO()
+    prepare(
+        odd,
+        write(tmp_path, rows),
+        tmp_path / "out",
+        ProgressBoard(Console(file=said)),
+        max_rejected_share=0.2,
+    )
+    assert "left out: 1 x the chat template refuses it: [/INST] is no word" in said.getvalue()
+
+
 def test_what_comes_of_a_row_stays_on_one_side() -> None:
     nothing = np.zeros(1, np.int32)
     made = [sft.Conversation(nothing, nothing.astype(bool), row) for row in range(10)] * 3
@@ -227,7 +247,8 @@ def test_examples_are_shown_with_their_mask(
     assert trained[0][2] == "assistant" and trained[0][4].startswith("'yes"), trained[0]
     assert sum("'<|im_end|>'" in line for line in lines) == 4
     assert sum("'<|im_end|>'" in row[4] for row in trained) == 2, "the closing token is trained"
-    assert lines[-2].startswith("63 demonstrations (alpaca): ")
+    assert lines[-3].startswith("63 demonstrations (alpaca): ")
+    assert lines[-2].startswith("answers end with <|im_end|>, and the tokenizer's eos_token is ")
     assert lines[-1] == "left out: 1 x a message without text content (first in row 4)"
     assert not (tmp_path / "run" / "sft").exists()
     with pytest.raises(UserError, match="1 of 64 rows cannot be used"):

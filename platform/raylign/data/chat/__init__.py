@@ -4,7 +4,7 @@
 goes from a file to examples, and `display` shows them token by token.
 """
 
-from raylign.data.chat.encoding import Conversation, closes_answers, encode_dialogues
+from raylign.data.chat.encoding import Conversation, encode_dialogues, find_closing
 from raylign.data.chat.faults import find_fault
 from raylign.data.chat.reading import (
     Demonstrations,
@@ -19,8 +19,8 @@ __all__ = [
     "Conversation",
     "Demonstrations",
     "Rejection",
-    "closes_answers",
     "encode_dialogues",
+    "find_closing",
     "find_fault",
     "find_source",
     "read_demonstrations",

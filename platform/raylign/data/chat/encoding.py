@@ -9,6 +9,7 @@ token with what is trained: an answer always follows the very tokens that infere
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,10 +68,14 @@ def encode_dialogues(
     return [plan if isinstance(plan, str) else encoder.compose(plan, ids) for plan in plans]
 
 
-def closes_answers(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the last that is trained is a special token, by which generation can stop."""
-    last = int(conversation.token_ids[np.flatnonzero(conversation.trained)[-1]])
-    return last in list_special_tokens(tokenizer).values()
+def find_closing(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """The special token that most examples end what is trained with; None where it is none."""
+    special = {index: token for token, index in list_special_tokens(tokenizer).items()}
+    last = (int(each.token_ids[np.flatnonzero(each.trained)[-1]]) for each in conversations)
+    [(token, _)] = Counter(last).most_common(1)
+    return special.get(token)
 
 
 def encode_continuations(
