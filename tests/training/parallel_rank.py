@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 import raylign.training.deepspeed_engine  # noqa: F401 - before the fork
 from raylign.config import EngineConfig, ModelConfig, OptimizerConfig
+from raylign.models.crossentropy import score_targets
 from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
 from raylign.models.presets import build_config
@@ -140,21 +141,35 @@ def build(given: Case, seed: int = 7) -> Engine:
 
 def take_step(
     engine: Engine, micro_batch: int, step: int, factor: float = 1.0
-) -> tuple[float, float]:
-    """Mean loss of the step over all ranks, and the norm of its gradient. `factor` is of this
-    rank's loss."""
+) -> tuple[float, float, float]:
+    """Mean loss of the step over all ranks, the norm of its gradient, and a random number as a
+    layer would draw it. `factor` is of this rank's loss."""
+    torch.manual_seed(step * engine.data_ranks + engine.data_rank)
     rows = draw_rows(step)
     totals = OBJECTIVE.count(rows)
     parts = deal(ROWS, engine.data_rank, engine.data_ranks, micro_batch)
     batches = [OBJECTIVE.assemble(rows, part, step) for part in parts]
 
+    drawn: list[float] = []
+
     def lose(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Sums]:
+        drawn.append(float(torch.rand(())))
         loss, sums = OBJECTIVE.loss(lm, hidden, batch, totals)
-        return loss * factor, sums
+        more = lose_more(lm, hidden, batch) / totals["tokens"]
+        return (loss + more) * factor, sums
 
     total, count = engine.sum(engine.accumulate(batches, lose)["loss"]).tolist()
     assert count == totals["tokens"]
-    return total / count, engine.step(OPTIMIZER.lr * (step + 1) / STEPS)
+    norm = engine.step(OPTIMIZER.lr * (step + 1) / STEPS)
+    return total / count, norm, drawn[0]
+
+
+def lose_more(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+    """What other objectives do: positions that weigh differently, and states read as they are."""
+    chosen = batch.trained[:, 1:]
+    states, targets = hidden[:, :-1][chosen], batch.tokens[:, 1:][chosen]
+    logprobs, entropies = score_targets(lm, states, targets, temperature=0.8, piece=20)
+    return (logprobs.exp() - 0.1 * entropies).sum() + hidden[:, 0].tanh().sum() / hidden.shape[2]
 
 
 def copy_weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -165,8 +180,11 @@ def run_case(given: Case) -> dict[str, Any]:
     """Losses, gradient norms, final weights, and what they say of some rows."""
     engine = build(given)
     steps = [take_step(engine, given.micro_batch, step) for step in range(given.steps)]
-    found: dict[str, Any] = {"losses": [s[0] for s in steps], "norms": [s[1] for s in steps]}
+    found: dict[str, Any] = dict(
+        zip(("losses", "norms", "drawn"), zip(*steps, strict=True), strict=False)
+    )
     found["weights"] = copy_weights(engine)
+    found["config"] = engine.lm.config.to_dict(), engine.lm.config._attn_implementation
     if given.poisoned:
         last = engine.rank == engine.world_size - 1
         found["kept"] = read_memory(engine)

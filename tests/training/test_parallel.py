@@ -62,6 +62,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
         for world in WORLDS
         for rank in range(world)
     }
+    assert not [line for line in run.stdout.splitlines() if "kernels" not in line], run.stdout
     return {
         name: [files[world, rank][name] for rank in range(world)] for name, world in CASES.items()
     }
@@ -121,3 +122,21 @@ def test_all_ranks_see_the_same_numbers(found: dict[str, list[Found]]) -> None:
             assert rank["losses"] == ranks[0]["losses"]
             assert rank["norms"] == ranks[0]["norms"]
             assert all(math.isfinite(norm) for norm in rank["norms"])
+
+
+def test_the_models_configuration_stays_what_is_exported(
+    found: dict[str, list[Found]], references: dict[str, Found]
+) -> None:
+    for case in EXACT:
+        shape = case.rpartition("-")[2]
+        reference = references[shape if shape in references else "whole"]
+        assert all(rank["config"] == reference["config"] for rank in found[case])
+
+
+def test_pieces_of_a_sequence_draw_numbers_of_their_own(found: dict[str, list[Found]]) -> None:
+    """And ranks that compute the same activations draw the same."""
+    for name, ranks in found.items():
+        first = {rank["drawn"][0] for rank in ranks}
+        same = name.startswith("tensor") and "sequence" not in name
+        shared = 2 if name in ("data-tensor-zero1", "tensor-sequence-zero2") else 1
+        assert len(first) == (1 if same else len(ranks) // shared), name

@@ -7,7 +7,9 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from raylign.models.adapters import find_adaptation
 from raylign.models.enclosure import Enclosure
 from raylign.models.folding import plain_weights, trained_weights
 from raylign.models.sequence import share_sequences
+from raylign.runtime import derive_seed
 from raylign.training import passes
 from raylign.training.deepspeed_settings import describe
 from raylign.training.deepspeed_state import inner_optimizer, list_shards, refresh
@@ -60,6 +63,7 @@ class DeepSpeedEngine:
         topology = arrange(config, self.world_size)
         self.data_rank, self.data_ranks = topology.place(self.rank, "data"), topology.data
         self._first = self.rank < topology.tensor  # of those with the same rows and weights
+        self._piece = topology.place(self.rank, "sequence")
         self._data = topology.open_group(config.timeout_s, "data")
         self.lm = model
         self.whole = config.zero_stage < 3 and topology.tensor == topology.sequence == 1
@@ -84,11 +88,12 @@ class DeepSpeedEngine:
             deepspeed.zero.register_external_parameter(enclosure, head.weight)
         # The groups of an engine before this one: DeepSpeed would go on using them.
         groups._release_process_group_references()
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=enclosure,
-            optimizer=client,
-            config=describe(config, model, 0.0 if self._stage == 0 else optimizer.clip),
-        )
+        with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=enclosure,
+                optimizer=client,
+                config=describe(config, model, 0.0 if self._stage == 0 else optimizer.clip),
+            )
         self.module: nn.Module = self._deepspeed
         self.device = torch.device(self._deepspeed.device)
         if topology.tensor > 1:
@@ -127,6 +132,9 @@ class DeepSpeedEngine:
         return float(norm)
 
     def accumulate(self, batches: Sequence[Any], function: LossFunction) -> Sums:
+        if self._piece > 0:
+            # Or every piece of a sequence would lose the same neurons to dropout.
+            torch.manual_seed(derive_seed(torch.initial_seed(), "sequence", self._piece))
         return passes.accumulate(self, batches, function)
 
     def measure(self, batches: Iterable[Any], function: Measurement) -> Sums:
