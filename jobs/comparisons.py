@@ -81,7 +81,7 @@ def check(
 
 def may_share_prompts(config: ComparisonConfig) -> bool:
     """Whether two answers may stand behind one prompt, which takes a mask of their own."""
-    return config.peft not in ("prefix", "prompt") and config.engine.sequence_parallel == 1
+    return config.peft not in ("prefix", "prompt")
 
 
 def prepare_rows(
