@@ -119,9 +119,9 @@ def test_loraplus_steps_as_pefts_own_optimizer(tiny_model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finetuned(
-    shards: Path,
+    shards: Path,  # noqa: F811
     tiny_model: Path,
-    tmp_path_factory: pytest.TempPathFactory,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """A stage of a kind, run once."""
     made: dict[str, tuple[SupervisedTask, dict[str, Any]]] = {}
