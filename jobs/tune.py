@@ -33,7 +33,8 @@ from raylign.config import (
 )
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed, disconnect
-from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
+from raylign.tracking import EVENTS_FILE, METRICS_FILE, ProgressBoard, read_lines
+from raylign.training.sampling import SAMPLES_FILE
 from raylign.training.tuning import (
     Report,
     Trial,
@@ -208,10 +209,13 @@ def trial_recipe(
 
 def read_metrics(directory: Path, stage: str) -> list[dict[str, Any]]:
     """A trial's rows so far, of its stage finished or in the making."""
-    for name in (stage, f".{stage}.partial"):
-        if (directory / name / METRICS_FILE).is_file():
-            return read_lines(directory / name / METRICS_FILE)
-    return []
+    return read_lines(find_file(directory, stage, METRICS_FILE))
+
+
+def find_file(directory: Path, stage: str, name: str) -> Path:
+    """File `name` of a trial's stage, finished or in the making."""
+    finished = directory / stage / name
+    return finished if finished.is_file() else directory / f".{stage}.partial" / name
 
 
 def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
@@ -219,12 +223,13 @@ def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
     found = Run(directory).find(stage)
     summary = {} if found is None else found.manifest.summary
     metrics = read_metrics(directory, stage)
-    samples = [] if found is None else read_lines(found.path / "samples.jsonl")
+    samples = [] if found is None else read_lines(found.path / SAMPLES_FILE)
+    events = read_lines(find_file(directory, stage, EVENTS_FILE))
     last = max((row["step"] for row in samples), default=0)
     return TrialRow(
         trial=trial,
         parameters=summary.get("parameters"),
-        trainable=summary.get("trainable", summary.get("parameters")),
+        trainable=next((row["trainable"] for row in events if "trainable" in row), None),
         curve=tuple((row["step"], row) for row in metrics),
         samples=tuple((row["prompt"], row["text"]) for row in samples if row["step"] == last),
     )

@@ -91,6 +91,7 @@ class SupervisedLoop:
         model = task.model.build()
         self._parameters = sum(count_weights(p) for p in model.parameters())
         form = outline(model, self._tokenizer, _identify(task), task.engine.dtype)
+        self._trainable = form.trained
         self._engine: Engine = build_engine(task.engine, model, task.optimizer)
         self._checkpoints = Continuation(
             task.name,
@@ -117,7 +118,12 @@ class SupervisedLoop:
         first = self._resume()
         tracker = JsonTracker(task.output) if self._engine.rank == 0 else None
         if tracker is not None:
-            tracker.event(what="started", step=first, ranks=self._engine.world_size)
+            tracker.event(
+                what="started",
+                step=first,
+                ranks=self._engine.world_size,
+                trainable=self._trainable,
+            )
         if first == 0 and isinstance(task.model.start, Path):
             self._sample(0)  # what it wrote before
         for step in range(first, task.steps):
