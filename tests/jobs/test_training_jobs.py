@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +33,8 @@ from raylign.models.presets import build_config
 from raylign.run import Run, Stage
 from raylign.tokenization.train import train_bpe
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, ProgressBoard, read_lines
+from raylign.training.checkpoints import list_checkpoints
+from raylign.training.heartbeat import read_marks
 
 TAGS = ("<work>", "</work>", "<answer>", "</answer>")
 SHAPE = ModelConfig(hidden_size=32, layers=2, ffn_size=48, context=128)
@@ -130,7 +138,12 @@ def test_pretraining_leaves_a_model_that_has_learnt(trained: Run) -> None:
     ]  # fmt: skip
     assert set(stage.manifest.parents) == {"shards", "tokenizer"}
     kept = {name.split("/")[0] for name in stage.manifest.files}
-    assert kept == {"model", METRICS_FILE, EVENTS_FILE, "samples.jsonl"}, "no checkpoints left"
+    assert kept == {"model", METRICS_FILE, EVENTS_FILE, "samples.jsonl", "curve.svg"}
+    assert not list((stage.path).glob(".*")), "no checkpoints left"
+    saved = [
+        row["step"] for row in read_lines(stage.path / EVENTS_FILE) if row["what"] != "started"
+    ]
+    assert saved == [10, 20, 30, 40, 50]
 
 
 @pytest.mark.slow
@@ -167,7 +180,7 @@ def test_a_killed_rank_changes_nothing_but_the_time(
     thread.join(5)
     ours, theirs = (run.require("pretrain", "pretrain") for run in (fresh, trained))
     assert len(killed) == 1 and ours.manifest.summary["restarts"] == 1
-    starts = [row["step"] for row in read_lines(ours.path / EVENTS_FILE)]
+    starts = list_starts(ours)
     assert starts[0] == 0 and starts[1] in (10, 20, 30, 40, 50)
     recorded = [
         [(row["step"], row["loss"], row.get("validation_loss")) for row in rows]
@@ -178,13 +191,117 @@ def test_a_killed_rank_changes_nothing_but_the_time(
     assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
 
 
+def list_starts(stage: Stage) -> list[int]:
+    rows = read_lines(stage.path / EVENTS_FILE)
+    return [row["step"] for row in rows if row["what"] == "started"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_replaced(
+    trained: Run, fresh: Run, board: ProgressBoard
+) -> None:
+    """Stop a worker for good: the others wait for it, and nobody else's timeout ends that first."""
+    stopped: list[int] = []
+    thread = threading.Thread(target=_stop_a_worker, args=(fresh, stopped), daemon=True)
+    thread.start()
+    engine = PRETRAIN.engine.model_copy(update={"timeout_s": 16.0})
+    config = PRETRAIN.model_copy(update={"engine": engine})
+    pretrain.run(make_recipe(fresh, pretrain=config), fresh, board)
+    thread.join(5)
+    ours, theirs = (run.require("pretrain", "pretrain") for run in (fresh, trained))
+    [hung] = [row for row in read_lines(ours.path / EVENTS_FILE) if row["what"] == "hung"]
+    assert hung["rank"] == 1
+    assert f"process {stopped[0]}) has given no sign for 12 s in step " in hung["text"]
+    assert ours.manifest.summary["restarts"] == 1 and list_starts(ours)[1] >= 10
+    weights, undisturbed = read_weights(ours), read_weights(theirs)
+    assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
+
+
+def _stop_a_worker(run: Run, stopped: list[int]) -> None:
+    draft = run.root / ".pretrain.partial"
+    if wait_for(lambda: (draft / ".checkpoints" / "latest").exists()):
+        [_, mark] = read_marks(draft / ".heartbeats")
+        stopped.append(mark.pid)
+        os.kill(mark.pid, signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_an_interrupted_job_goes_on_from_its_newest_checkpoint(trained: Run, fresh: Run) -> None:
+    """Ctrl-C, then the whole tree of processes killed in the middle of a checkpoint and a few steps
+    after one: the same command ends with the same model."""
+    recipe = fresh.root.parent / "recipe.json"
+    section = PRETRAIN.model_dump(mode="json", exclude_unset=True)
+    recipe.write_text(json.dumps({"run": str(fresh.root), "seed": 3, "pretrain": section}))
+    store = fresh.root / ".pretrain.partial" / ".checkpoints"
+
+    def newest() -> int:
+        found = list_checkpoints(store)
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    with start_job(recipe) as first:
+        assert wait_for(lambda: newest() >= 10)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 130
+        assert "interrupted; finished stages are kept" in (
+            first.stderr.read() if first.stderr else ""
+        )
+    done = newest()
+    assert 10 <= done <= 40
+    with start_job(recipe) as second:
+        assert wait_for(lambda: [p for p in store.glob(".step-*") if p.name[6:14] > f"{done:08d}"])
+        kill_tree(second)
+    before = newest()
+    with start_job(recipe) as third:
+        assert third.wait(240) == 0
+    ours, theirs = (run.require("pretrain", "pretrain") for run in (fresh, trained))
+    assert list_starts(ours) == [0, done, before]
+    hashes = [
+        {name: file["sha256"] for name, file in stage.manifest.files.items() if "model/" in name}
+        for stage in (ours, theirs)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+@contextmanager
+def start_job(recipe: Path) -> Iterator[subprocess.Popen[str]]:
+    root = Path(pretrain.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.pretrain", str(recipe)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{root / 'platform'}:{root}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        kill_tree(process)
+        process.communicate()
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in tree:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(tree[1:], 30)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 200.0) -> bool:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.002)
+    return True
+
+
 def _kill_a_worker(run: Run, killed: list[int]) -> None:
     checkpoints = run.root / ".pretrain.partial" / ".checkpoints"
-    until = time.monotonic() + 200
-    while not list(checkpoints.glob("step-*")):
-        if time.monotonic() > until:
-            return
-        time.sleep(0.002)
+    if not wait_for(lambda: list_checkpoints(checkpoints)):
+        return
     for process in psutil.Process().children(recursive=True):
         if process.cmdline() and process.cmdline()[0] == "ray::RayTrainWorker":
             process.kill()

@@ -70,7 +70,7 @@ def run_until(task: SupervisedTask, end: int) -> None:
     def stop(step: int, rate: float) -> float:
         if step < end:
             return take_step(step, rate)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not pointer.exists() or pointer.read_text().strip() != wanted:
             assert time.monotonic() < until, f"no {wanted}"
             time.sleep(0.01)
