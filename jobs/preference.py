@@ -63,12 +63,12 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         rows = prepare_rows(_find_source(config, data), tokenizer, recipe.seed, draft, board)
         if config.loss == "kto":
             say_balance(config, draft, board)
+        quantised = config.peft == "qlora" and policy is None
         named = {
             "policy": parents.get("reference", parents["model"]),
             "rows": rows,
             "dtype": config.engine.dtype,
-            "quantization": config.adapter.quantization if config.peft == "qlora" else None,
-            "peft": "qlora" if config.peft == "qlora" and policy is None else "none",
+            "quantised": quantised and (config.adapter.quantization or "nf4"),
         }
         cache = run.root / CACHE / hash_json(named)[:16]
         reference = Reference(cache, policy, config.micro_batch_size)

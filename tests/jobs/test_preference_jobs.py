@@ -30,7 +30,7 @@ from raylign.config import (
     WorkersConfig,
 )
 from raylign.data.comparisons import Compared
-from raylign.models.heads import build_scorer
+from raylign.models.heads import build_scorer, load_scorer
 from raylign.models.loading import initialise, load_tokenizer, save_model
 from raylign.models.presets import build_config
 from raylign.run import Draft, Run
@@ -186,6 +186,7 @@ def test_policies_of_every_kind(
     assert rows[-1]["validation_rewards/accuracy"] == 1.0
     assert rows[-1]["validation_loss"] < rows[1]["validation_loss"]
     assert (draft.path / "cache").exists() is (loss != "orpo")
+    assert (rows[-1].get("kl", -1.0) >= 0) is (loss == "kto")
 
 
 @pytest.mark.parametrize("kind", ["outcome", "process"])
@@ -207,6 +208,29 @@ def test_reward_models_of_every_kind(
         logits = model.eval()(input_ids=ids).logits[0]
         places = (ids[0] == tokenizer("\n")["input_ids"][0]).nonzero()[:, 0]
         assert logits[places].argmax(-1).tolist() == [1, 0]
+
+
+def test_adapters_learn_from_comparisons_too(
+    start: Path, board: ProgressBoard, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "model": str(start),
+        "data": write_rows(tmp_path, draw_pairs(40)),
+        "peft": "lora",
+        "engine": EngineConfig(backend="torch"),
+        **(SMALL | {"steps": 12, "optimizer": {"lr": 2e-2}}),
+    }
+    draft, rows = train_alone(
+        preference, PreferenceConfig(**given), start, tmp_path / "policy", board
+    )
+    assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["validation_rewards/accuracy"] == 1.0
+    AutoModelForCausalLM.from_pretrained(draft.path / "model")
+    draft, rows = train_alone(
+        reward_model, RewardModelConfig(**given), start, tmp_path / "reward", board
+    )
+    assert rows[-1]["validation_rewards/accuracy"] == 1.0
+    assert load_scorer(draft.path / "model").score.weight.shape == (1, 32)
 
 
 def test_a_comparison_and_what_comes_of_it_stay_on_one_side() -> None:

@@ -36,7 +36,7 @@ from raylign.training.references import Reference, write_reference
 from raylign.training.sums import Sums, tally
 
 _PAIRED = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
-_LABELLED = ("rewards/chosen", "rewards/rejected", "rewards/accuracy")
+_LABELLED = ("rewards/chosen", "rewards/rejected", "rewards/accuracy", "kl")
 _RIGHT = ("accuracy", "scores/right", "scores/wrong")
 
 
@@ -145,6 +145,7 @@ class PreferenceObjective:
         losses, rewards = kto(answers, desirable, reference_point, self.numbers)
         total = losses.sum()
         measured = _tally_all(compare_labelled(rewards, desirable))
+        measured["kl"] = tally(reference_point * len(losses), len(losses))
         return total / totals["rows"], measured | {"loss": tally(total, len(losses))}
 
 
