@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from raylign.config import EngineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, UserError
+from raylign.config import (
+    CheckpointConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    UserError,
+)
 from raylign.data.packing import ShardWriter, pack, write_index
 from raylign.models.assembly import ModelPlan
 from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
 from raylign.models.presets import build_config
-from raylign.tracking import METRICS_FILE, read_lines
+from raylign.tracking import EVENTS_FILE, METRICS_FILE, read_lines
 from raylign.training.checkpoints import list_checkpoints
 from raylign.training.loop import CHECKPOINTS, SAMPLES_FILE, SupervisedLoop, SupervisedTask
 from raylign.training.objectives import LanguageObjective
@@ -154,6 +163,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
 ) -> None:
     whole, result = finished
     task = make_task(shards, tiny_model, tmp_path / "out")
+    task = replace(task, checkpoints=CheckpointConfig(asynchronous=False))
     with pytest.raises(ConnectionError):
         SupervisedLoop(replace(task, objective=_FailingObjective(shards, "corpus"))).run()
     assert read_lines(task.output / METRICS_FILE)[-1]["step"] == 20
@@ -169,6 +179,58 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
             for rows in (read_lines(task.output / file), read_lines(whole.output / file))
         ]
         assert recorded[0] == recorded[1]
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    task = replace(make_task(shards, tiny_model, tmp_path / "out"), prompts=(), checkpoint_every=4)
+    task = replace(task, steps=6)
+    SupervisedLoop(task).run()
+    other_tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(tiny_model, other_tokenizer)
+    (other_tokenizer / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    wider = build_config(
+        ModelConfig(hidden_size=32, layers=1, ffn_size=24, context=32),
+        VOCABULARY,
+        pad_id=0,
+        eos_id=1,
+    )
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"model": ModelPlan(wider, seed=1)},
+        "tokenizer": {"tokenizer": other_tokenizer},
+        "seed": {"seed": 3},
+        "batch size": {"batch_size": 5},
+        "steps": {"steps": 7},
+        "task": {"optimizer": OptimizerConfig(lr=2e-2)},
+    }
+    for what, change in changes.items():
+        with pytest.raises(UserError) as caught:
+            SupervisedLoop(replace(task, **change)).run()
+        assert f"step-00000004 is a checkpoint of another {what} (" in str(caught.value)
+        assert "set pretrain.checkpoints.resume=never" in str(caught.value)
+    # What only says where and how it is computed may change.
+    SupervisedLoop(replace(task, micro_batch_size=3, threads=2)).run()
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_recorded(
+    finished: Finished, shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole, _ = finished
+    task = make_task(shards, tiny_model, tmp_path / "out")
+    SupervisedLoop(task).run()
+    [older, newest] = list_checkpoints(task.output / CHECKPOINTS)
+    state = newest / "state" / "rank-00000.safetensors"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    SupervisedLoop(task).run()
+    events = read_lines(task.output / EVENTS_FILE)
+    assert [row["step"] for row in events if row["what"] == "started"] == [0, 16]
+    [corrupt] = [row for row in events if row["what"] == "checkpoint_corrupt"]
+    assert corrupt["checkpoint"] == "step-00000024" and older.name == "step-00000016"
+    ours, theirs = (load_file(t.output / "model" / "model.safetensors") for t in (task, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_seed_fixes_the_first_loss_to_the_bit(
