@@ -7,11 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import raylign
 
@@ -19,9 +22,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pipeline_rank import FOUR, PAIRS, STEPS, Case, build_model, pipe, run_case
 
-from raylign.config import OptimizerConfig, UserError
+from raylign.config import (
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    UserError,
+    WorkersConfig,
+)
+from raylign.data.packing import ShardWriter, pack, write_index
+from raylign.models.assembly import ModelPlan
+from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
 from raylign.training.engine import build_engine
+from raylign.training.loop import SupervisedLoop, SupervisedTask
+from raylign.training.objectives import LanguageObjective
 from raylign.training.pipeline_stage import Stage, divide
+from raylign.training.supervised import train
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +178,54 @@ def test_no_rank_takes_a_step_without_a_gradient(ranks: Found) -> None:
 def test_a_part_of_a_model_is_not_called_as_if_it_were_whole(ranks: Found) -> None:
     assert [len(found["refused"]) for found in ranks] == [2, 3, 2, 3]
     assert all("engine.pipeline_parallel > 1" in s for found in ranks for s in found["refused"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_supervised_loop_runs_on_a_pipeline(tiny_model: Path, tmp_path: Path) -> None:
+    """Ray Train starts the ranks; compared with the same loop in this process."""
+    stream = np.random.default_rng(0)
+    documents = [stream.integers(4, 57, stream.integers(4, 20)) for _ in range(60)]
+    tokens, segments = pack(documents, 16, eos=1, pad=0)
+    writers = {}
+    for split, part in (("train", slice(6, None)), ("validation", slice(0, 6))):
+        writers[split] = ShardWriter(tmp_path, split, 57)
+        writers[split].write(tokens[part], segments[part])
+    write_index(tmp_path, 16, 57, "hash", writers)
+    whole = SupervisedTask(
+        name="pretrain",
+        output=tmp_path / "whole",
+        model=ModelPlan(build_model("tied", 7).config, seed=1),
+        tokenizer=tiny_model,
+        objective=LanguageObjective(tmp_path, "corpus"),
+        seed=2,
+        steps=6,
+        batch_size=6,
+        micro_batch_size=2,
+        checkpoint_every=3,
+        optimizer=OptimizerConfig(lr=1e-2),
+        schedule=ScheduleConfig(warmup_steps=2),
+        engine=EngineConfig(backend="torch"),
+        threads=1,
+        prompts=(("w1 w2", (4, 5)),),
+        sample_tokens=5,
+    )
+    shared = replace(whole, output=tmp_path / "shared", engine=pipe())
+    for task in (whole, shared):
+        task.output.mkdir()
+    SupervisedLoop(whole).run()
+    with ProgressBoard() as board, board.bar("pretrain", shared.steps) as bar:
+        summary = train(shared, WorkersConfig(count=2), bar)
+    ours, theirs = (read_lines(task.output / METRICS_FILE) for task in (shared, whole))
+    assert [row["step"] for row in ours] == [1, 3, 6]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "validation_loss", "grad_norm"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=2e-5)
+    samples = [read_lines(task.output / "samples.jsonl") for task in (shared, whole)]
+    assert samples[0] == samples[1] and len(samples[0]) == 2
+    exported = AutoModelForCausalLM.from_pretrained(shared.output / "model")
+    expected = AutoModelForCausalLM.from_pretrained(whole.output / "model").state_dict()
+    assert widest_gap(exported.state_dict(), expected) < 1e-4
+    assert summary["parameters"] == sum(p.numel() for p in exported.parameters())
 
 
 @pytest.mark.parametrize(

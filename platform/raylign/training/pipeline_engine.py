@@ -28,7 +28,8 @@ from raylign.models.loading import DTYPES
 from raylign.runtime import derive_seed
 from raylign.training.engine import build_optimizer, require_finite, set_rate
 from raylign.training.fragments import Fragment, StoredState, fill_shards, list_whole, read_shards
-from raylign.training.pipeline_schedule import Link, Shape, run_forward_backward
+from raylign.training.pipeline_link import Link, Shape
+from raylign.training.pipeline_schedule import run_forward_backward
 from raylign.training.pipeline_stage import Stage
 from raylign.training.sums import LossFunction, Measurement, Sums, add
 from raylign.training.topology import arrange
