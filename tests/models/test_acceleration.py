@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from raylign.data.packing import attention_mask, positions
-from raylign.models.acceleration import accelerate
+from raylign.models.acceleration import accelerate, compile_layers
 from raylign.models.attention import BLOCK, attend, find_starts, plan
 
 WIDTH, VOCABULARY = 48, 29
@@ -100,6 +100,16 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
     accelerate(fast)
     fast.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     states, gradients = compare(plain, fast, draw_documents(3, 50), 50)
+    assert states < 1e-5
+    assert gradients < 1e-5
+
+
+def test_compiled_layers_give_the_same_gradients() -> None:
+    plain = build(2)
+    compiled = copy.deepcopy(plain)
+    compile_layers(compiled, backend="aot_eager")
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    states, gradients = compare(plain, compiled, draw_documents(3, 20), 20)
     assert states < 1e-5
     assert gradients < 1e-5
 

@@ -63,8 +63,20 @@ class EngineConfig(Section):
     """Type of weights and activations; optimizer state stays float32."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Compile the decoder's layers with torch.compile: for GPUs; the first steps take minutes."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Longest wait in a collective before the group is declared hung."""
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> EngineConfig:
+        shared = max(self.tensor_parallel, self.pipeline_parallel, self.sequence_parallel) > 1
+        if self.compile and (shared or (self.backend == "deepspeed" and self.zero_stage == 3)):
+            raise ValueError(
+                "compile needs every rank to have whole layers: leave it false with zero_stage=3 "
+                "and with tensor, pipeline or sequence parallelism"
+            )
+        return self
 
 
 class WorkersConfig(Section):

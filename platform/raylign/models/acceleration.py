@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from raylign.config import UserError
 from raylign.models.attention import Piece, attend, find_starts, plan
 from raylign.models.kernels import gate, multiply, normalise, rotate
 
@@ -31,6 +32,23 @@ def accelerate(model: PreTrainedModel | nn.Module) -> None:
         fast = _FAST.get(type(module))
         if fast is not None:
             module.__class__ = fast
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile each layer of the decoder, in place; names stay. Compiled where it is first called.
+
+    Layers are alike, so that one compilation serves them all. Raises `UserError` for a model whose
+    decoder does not hold its layers in a list.
+    """
+    decoder = model.get_decoder()
+    layers = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    if not layers:
+        raise UserError(
+            f"engine.compile: models of type {model.config.model_type} have no list of layers; "
+            "set it to false"
+        )
+    for layer in layers[0]:
+        layer.compile(backend=backend)
 
 
 class FastNorm(LlamaRMSNorm):

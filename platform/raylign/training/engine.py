@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.config import EngineConfig, OptimizerConfig
+from raylign.models.acceleration import accelerate, compile_layers
 from raylign.training.fragments import Fragment, StoredState
 from raylign.training.sums import LossFunction, Measurement, Sums
 
@@ -100,6 +101,10 @@ def build_engine(
     """
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        compile_layers(model)
+    else:
+        accelerate(model)
     model.train()
     if config.pipeline_parallel > 1:
         from raylign.training.pipeline_engine import PipelineEngine
