@@ -21,7 +21,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 import raylign.training.deepspeed_engine  # noqa: F401 - before the fork
-from raylign.config import EngineConfig, ModelConfig, OptimizerConfig
+from raylign.config import AdapterConfig, EngineConfig, ModelConfig, OptimizerConfig
+from raylign.config.training import PeftKind
+from raylign.models.adapters import adapt
 from raylign.models.crossentropy import score_targets
 from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
@@ -56,6 +58,7 @@ class Case:
     engine: EngineConfig
     micro_batch: int = 3
     shape: ModelConfig = SHAPE
+    peft: PeftKind = "none"
     steps: int = STEPS
     poisoned: bool = False
     """After the steps, one rank's loss is not a number."""
@@ -73,14 +76,16 @@ def list_cases(world: int) -> dict[str, Case]:
             "whole": case(backend="torch", micro_batch=ROWS),
             "untied": case(backend="torch", micro_batch=ROWS, shape=UNTIED),
             "gptj": case(backend="torch", micro_batch=ROWS, shape=GPTJ),
+            "lora": case(backend="torch", micro_batch=ROWS, peft="lora"),
+            "prompt": case(backend="torch", micro_batch=ROWS, peft="prompt"),
             "start": case(backend="torch", steps=0),
         }
     if world == 4:
-        data_sequence = {"sequence_parallel": 2, "zero_stage": 3}
+        offloaded = {"offload": "all", "activation_checkpointing": True}
         return {
             "data-tensor-zero1": case(zero_stage=1, tensor_parallel=2),
             "data-sequence-zero1": case(zero_stage=1, sequence_parallel=2),
-            "data-sequence-zero3": case(**data_sequence, activation_checkpointing=True),
+            "data-sequence-zero3": case(zero_stage=3, sequence_parallel=2, **offloaded),
             "tensor-sequence-zero2": case(zero_stage=2, tensor_parallel=2, sequence_parallel=2),
             "sequence4-zero0": case(zero_stage=0, sequence_parallel=4),
         }
@@ -93,11 +98,15 @@ def list_cases(world: int) -> dict[str, Case]:
         "zero3-offload-all": case(zero_stage=3, offload="all", **again),
         "tensor-zero0": case(zero_stage=0, tensor_parallel=2),
         "tensor-zero1": case(zero_stage=1, tensor_parallel=2, **again),
-        "tensor-zero2-untied": case(zero_stage=2, tensor_parallel=2, shape=UNTIED),
+        "tensor-zero2-untied": case(
+            zero_stage=2, tensor_parallel=2, offload="optimizer", shape=UNTIED
+        ),
         "tensor-zero1-gptj": case(zero_stage=1, tensor_parallel=2, shape=GPTJ),
         "sequence-zero0": case(zero_stage=0, sequence_parallel=2),
         "sequence-zero1": case(zero_stage=1, sequence_parallel=2, **again),
         "sequence-zero3": case(zero_stage=3, sequence_parallel=2),
+        "sequence-zero1-lora": case(zero_stage=1, sequence_parallel=2, peft="lora"),
+        "sequence-zero3-prompt": case(zero_stage=3, sequence_parallel=2, peft="prompt"),
     }
     rough = {"dtype": "bfloat16", "steps": 4, "poisoned": True}
     cases |= {f"zero{stage}-bfloat16": case(zero_stage=stage, **rough) for stage in range(4)}
@@ -136,6 +145,9 @@ def draw_rows(step: int) -> TextRows:
 
 def build(given: Case, seed: int = 7) -> Engine:
     model = initialise(build_config(given.shape, VOCABULARY, pad_id=0, eos_id=1), seed)
+    if given.peft != "none":
+        adapter = AdapterConfig(rank=4) if given.peft == "lora" else AdapterConfig(virtual_tokens=3)
+        model = adapt(model, given.peft, adapter, seed=3, base="base")
     return build_engine(given.engine, model, OPTIMIZER)
 
 
@@ -183,7 +195,9 @@ def run_case(given: Case) -> dict[str, Any]:
     found: dict[str, Any] = dict(
         zip(("losses", "norms", "drawn"), zip(*steps, strict=True), strict=False)
     )
-    found["weights"] = copy_weights(engine)
+    found["weights"] = copy_weights(engine) | {
+        name: tensor.float().clone() for name, tensor in engine.exportable().items()
+    }
     found["config"] = engine.lm.config.to_dict(), engine.lm.config._attn_implementation
     if given.poisoned:
         last = engine.rank == engine.world_size - 1
