@@ -32,7 +32,7 @@ from raylign.training.fragments import StoredState
 from raylign.training.objectives import score_text
 from raylign.training.saving import Plan, Saver
 
-SHAPE = ModelConfig(hidden_size=512, layers=6, ffn_size=1408, context=128)
+SHAPE = ModelConfig(hidden_size=512, layers=7, ffn_size=1408, context=128)
 VOCABULARY, ROWS, LENGTH, ROUNDS = 8192, 4, 128, 3
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ STATE = "state"
 EXPORT = "hf"
 LATEST = "latest"
 _FORMAT = 1
+_READERS = 4  # files read at the same time
 
 Event = dict[str, Any]
 
@@ -100,10 +102,11 @@ def verify(path: Path) -> Checkpoint:
             raise DamageError(f"{name} is missing")
         if file.stat().st_size != expected["size"]:
             raise DamageError(f"{name} has {file.stat().st_size:,} of {expected['size']:,} bytes")
-    for name, expected in checkpoint.files.items():
-        _forget_cached(path / name)
-        if hash_file(path / name) != expected["sha256"]:
-            raise DamageError(f"{name} has another sha256")
+    with ThreadPoolExecutor(_READERS) as pool:
+        sums = pool.map(lambda name: _read_back(path / name), checkpoint.files)
+        for (name, expected), found in zip(checkpoint.files.items(), sums, strict=True):
+            if found != expected["sha256"]:
+                raise DamageError(f"{name} has another sha256")
     return checkpoint
 
 
@@ -222,8 +225,16 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def _read_back(file: Path) -> str:
+    """sha256 of what is on the disk and not in memory, where the system allows it."""
+    try:
+        _forget_cached(file)
+        return hash_file(file)
+    except OSError as error:
+        raise DamageError(f"{file.name} cannot be read ({error.strerror})") from None
+
+
 def _forget_cached(file: Path) -> None:
-    """What is read next comes from the disk and not from memory, where the system allows it."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(file, os.O_RDONLY)
         try:
