@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from raylign.config import AdapterConfig, UserError
 from raylign.config.training import PeftKind
 from raylign.models.prompts import NAME, VirtualTokens
-from raylign.models.quantization import count_weights, quantize
+from raylign.models.quantization import count_weights, quantize, quieten
 
 FOLDABLE: tuple[PeftKind, ...] = ("lora", "qlora", "dora", "loraplus", "vera", "loha")
 """Kinds that can be folded into the weights they adapt."""
@@ -89,6 +89,7 @@ def adapt(
     known = decoder | {id(p) for p in language.parameters()} if language is not None else decoder
     head = tuple(name for name, p in lm.named_parameters() if id(p) not in known)
     lm.requires_grad_(False)
+    quieten()
     quantization = None
     if kind == "qlora":
         quantization = {

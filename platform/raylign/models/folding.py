@@ -20,7 +20,7 @@ from raylign.models.adapters import (
 )
 from raylign.models.hub import locate_model
 from raylign.models.prompts import NAME, VirtualTokens
-from raylign.models.quantization import dequantize, is_quantized, quantize, read_weight
+from raylign.models.quantization import dequantize, is_quantized, quantize, quieten, read_weight
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes partitioned parameters whole inside a block."""
@@ -30,7 +30,8 @@ def plain_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[str
     """All weights as a plain model has them: adapters folded in, quantised ones dequantised, tied
     ones once, virtual tokens left out. What nothing was done to shares memory with `lm`, unless it
     had to be gathered."""
-    return dict(_walk(lm, "", gather, set()))
+    dtype = lm.get_input_embeddings().weight.dtype
+    return {name: t.to(dtype) for name, t in _walk(lm, "", gather, set())}
 
 
 def trained_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[str, torch.Tensor]:
@@ -78,7 +79,8 @@ def _read(parameter: nn.Parameter, gather: Gather | None) -> torch.Tensor:
 def fold(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of the plain matrix that computes what an adapted one does, without dropout.
 
-    DoRA: every row of W + delta is scaled to its learned length (Liu et al., 2024, equation 5).
+    float32 where base or adapter are. DoRA: every row of W + delta is scaled to its learned length
+    (Liu et al., 2024, equation 5).
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight, bias = read_weight(base), base.bias
@@ -153,6 +155,7 @@ def attach_adapter(lm: PreTrainedModel, path: Path) -> PreTrainedModel:
     does not fit.
     """
     form = read_form(path)
+    quieten()
     quantization = read_quantization(path)
     if quantization is not None:
         lm.to(getattr(torch, quantization["dtype"]))

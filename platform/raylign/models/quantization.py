@@ -5,6 +5,7 @@ What the matrices become is a function of the weights they were, so nothing quan
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def read_weight(module: Any) -> torch.Tensor:
-    """[out, in]: the weight of a matrix, dequantised where it is quantised."""
+    """[out, in]: the weight of a matrix; of a quantised one the float32 values it stands for."""
     weight = module.weight
     if not is_quantized(module):
         plain: torch.Tensor = weight.detach()
@@ -61,7 +62,9 @@ def read_weight(module: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     if type(weight).__name__ == "Params4bit":
-        whole: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        state = copy.copy(weight.quant_state)
+        state.dtype = torch.float32
+        whole: torch.Tensor = dequantize_4bit(weight.data, state)
         return whole
     # After its first call the layer keeps the scales, of rows, elsewhere.
     scales = weight.SCB if module.state.SCB is None else module.state.SCB
@@ -75,11 +78,16 @@ def count_weights(parameter: nn.Parameter) -> int:
     return int(parameter.numel() if state is None else state.shape.numel())
 
 
+def quieten() -> None:
+    """Before bitsandbytes is imported, as peft does: it warns at every call in 8 bits, and of a
+    slower, and exact, way to compute on CPUs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def _quantize_linear(linear: nn.Linear, kind: Quantization, device: torch.device) -> nn.Module:
+    quieten()
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    # It warns at every call in 8 bits, and of a slower (and exact) way to compute on CPUs.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     size = (linear.in_features, linear.out_features, linear.bias is not None)
     made: Any
     if kind == "int8":
