@@ -108,9 +108,10 @@ def check(config: SftConfig, model: Path, tokenizer: PreTrainedTokenizerBase) ->
         )
     if not config.train_on:
         raise UserError("sft.train_on names no role; give at least one, such as [assistant]")
-    for key in ("pipeline_parallel", "sequence_parallel"):
-        if config.neftune_alpha and getattr(config.engine, key) > 1:
-            raise UserError(f"sft.neftune_alpha does not work with sft.engine.{key}; leave one out")
+    if config.neftune_alpha and config.engine.pipeline_parallel > 1:
+        raise UserError(
+            "sft.neftune_alpha does not work with sft.engine.pipeline_parallel; leave one out"
+        )
 
 
 def read(config: SftConfig, data: Path, tokenizer: PreTrainedTokenizerBase) -> Demonstrations:

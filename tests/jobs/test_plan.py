@@ -114,13 +114,13 @@ def test_ranks_that_share_a_model_are_taken_out() -> None:
             "batch_size": 7,
             "micro_batch_size": 2,
             "workers": {"count": 8},
-            "engine": {"tensor_parallel": 2, "pipeline_parallel": 2},
+            "engine": {"tensor_parallel": 2, "sequence_parallel": 2},
         },
     )
     assert found["batch"] == (
         "1,792 tokens a step < 2 data ranks x 2 rows at once x 2 accumulated x 256 tokens; "
         "7 rows do not divide evenly: some ranks compute fewer; "
-        "2 data ranks = 8 ranks / (2 tensor x 2 pipeline x 1 sequence parallel)"
+        "2 data ranks = 8 ranks / (2 tensor x 1 pipeline x 2 sequence parallel)"
     )
 
 

@@ -48,7 +48,7 @@ GPTJ = ModelConfig(
     tie_embeddings=False,
 )
 OPTIMIZER = OptimizerConfig(lr=3e-3, clip=0.5)
-OBJECTIVE = LanguageObjective(Path(), "corpus")
+OBJECTIVE = LanguageObjective(Path(), "corpus", noise=2.0)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,8 @@ def check_peft(peft: PeftKind, adapter: AdapterConfig, engine: EngineConfig) -> 
     if peft == "none":
         return
     for key in ("tensor_parallel", "pipeline_parallel", "sequence_parallel"):
-        if getattr(engine, key) > 1:
+        shared = key == "sequence_parallel" and peft != "prefix"
+        if getattr(engine, key) > 1 and not shared:
             raise ValueError(f"peft={peft} does not work with engine.{key}; set it to 1")
     if peft == "prefix" and engine.activation_checkpointing:
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from raylign.config import PretrainConfig, TrainingConfig, UserError
 from raylign.models.budget import CHINCHILLA, Blueprint, count_flops
 from raylign.models.memory import SIZES, Memory, estimate
+from raylign.training.topology import arrange
 
 GIB = 2**30
 Lines = Iterator[tuple[str, str]]
@@ -67,6 +68,7 @@ def check_arithmetic(
             f"{stage}.engine.pipeline_parallel={engine.pipeline_parallel} exceeds the model's "
             f"{blueprint.layers} layers; lower it"
         )
+    arrange(engine, ranks, f"{stage}.engine")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
-
-import torch.distributed as dist
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Literal
 
 from raylign.config import EngineConfig, UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from transformers import PreTrainedConfig
 
 Axis = Literal["tensor", "sequence", "data", "pipeline"]
 AXES: tuple[Axis, ...] = ("tensor", "sequence", "data", "pipeline")
@@ -55,6 +56,8 @@ class Topology:
 
     def open_group(self, timeout_s: float, *axes: Axis) -> dist.ProcessGroup | None:
         """This rank's group of `groups(*axes)`; None when it would be alone. Collective."""
+        import torch.distributed as dist  # a plan does arithmetic only, and does not pay for it
+
         if math.prod(self._size(axis) for axis in axes) == 1:
             return None
         mine = None
