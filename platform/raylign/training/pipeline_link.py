@@ -1,4 +1,4 @@
-"""Hidden states and gradients between neighbouring stages: where a stage waits, and nowhere else."""
+"""Hidden states and gradients between neighbouring stages: the only place where a stage waits."""
 
 from __future__ import annotations
 
