@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ Quantization = Literal["nf4", "fp4", "int8"]
 def quantize(lm: PreTrainedModel, kind: Quantization) -> None:
     """Replace the decoder's matrices, in place, on the GPU if there is one; embeddings, norms and
     heads stay as they are. 4-bit kinds quantise the block scales as well."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _find_device()
     decoder = lm.get_decoder()
     for name, module in list(decoder.named_modules()):
         if type(module) is nn.Linear:
@@ -76,6 +77,13 @@ def count_weights(parameter: nn.Parameter) -> int:
     """Numbers that a parameter stands for, whatever they are stored in."""
     state = getattr(parameter, "quant_state", None)
     return int(parameter.numel() if state is None else state.shape.numel())
+
+
+def _find_device() -> torch.device:
+    """Where this rank computes; DeepSpeed goes by the same variable."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def quieten() -> None:

@@ -83,9 +83,10 @@ class DeepSpeedEngine:
             self._stop_before_nonsense(client)
         enclosure = Enclosure(model)
         if self._stage == 3:
-            # The head's weight is used by bodies, outside the module that owns it.
+            # A language head's weight is used by bodies, outside the module that owns it.
             head = model.get_output_embeddings()
-            deepspeed.zero.register_external_parameter(enclosure, head.weight)
+            if head is not None:
+                deepspeed.zero.register_external_parameter(enclosure, head.weight)
         # The groups of an engine before this one: DeepSpeed would go on using them.
         groups._release_process_group_references()
         with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
