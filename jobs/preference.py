@@ -63,14 +63,8 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         rows = prepare_rows(_find_source(config, data), tokenizer, recipe.seed, draft, board)
         if config.loss == "kto":
             say_balance(config, draft, board)
-        quantised = config.peft == "qlora" and policy is None
-        named = {
-            "policy": parents.get("reference", parents["model"]),
-            "rows": rows,
-            "dtype": config.engine.dtype,
-            "quantised": quantised and (config.adapter.quantization or "nf4"),
-        }
-        cache = run.root / CACHE / hash_json(named)[:16]
+        known = parents.get("reference", parents["model"])
+        cache = run.root / CACHE / name_scores(config, known, rows, policy is None)
         reference = Reference(cache, policy, config.micro_batch_size)
         task = plan(recipe.seed, config, model, tokenizer, reference, draft)
         with board.bar(STAGE, task.steps) as bar:
@@ -115,6 +109,22 @@ def check_models(
             f"{STAGE}.max_length={config.max_length} exceeds the context of {policy}, {context} "
             "tokens; lower it"
         )
+
+
+def name_scores(config: PreferenceConfig, policy: str, rows: str, as_trained: bool) -> str:
+    """A name for what a reference says: of all that decides it, and of nothing else.
+
+    policy, rows: hashes of its weights and of the rows' tokens. as_trained: whether it is the
+    policy in training before its first step, which qlora computes from quantised weights.
+    """
+    quantised = as_trained and config.peft == "qlora"
+    named = {
+        "policy": policy,
+        "rows": rows,
+        "dtype": config.engine.dtype,
+        "quantised": quantised and (config.adapter.quantization or "nf4"),
+    }
+    return hash_json(named)[:16]
 
 
 def choose_numbers(config: PreferenceConfig) -> Numbers:

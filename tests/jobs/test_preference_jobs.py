@@ -27,7 +27,6 @@ from raylign.config import (
     Recipe,
     RewardModelConfig,
     UserError,
-    WorkersConfig,
 )
 from raylign.data.comparisons import Compared
 from raylign.models.heads import build_scorer, load_scorer
@@ -99,7 +98,7 @@ def make_recipe(root: Path, **sections: Any) -> Recipe:
 
 @real
 @pytest.mark.slow
-def test_two_ranks_learn_preferences_and_score_the_reference_once(
+def test_two_ranks_learn_preferences(
     ray_cluster: None, start: Path, board: ProgressBoard, tmp_path: Path
 ) -> None:
     config = PreferenceConfig(model=str(start), data=PAIRS, sample_prompts=("Hi",), **SMALL)
@@ -119,15 +118,23 @@ def test_two_ranks_learn_preferences_and_score_the_reference_once(
     (cache,) = (run.root / ".reference").iterdir()
     table = np.load(cache / "train.npy")
     assert table.shape == (counts[0], 2) and (table < 0).all()
-    # Another loss on the same model and rows, one rank, and no reference pass.
-    before = (cache / "train.npy").stat().st_mtime_ns
-    shutil.rmtree(stage.path)
-    more = config.model_copy(update={"loss": "ipo", "workers": WorkersConfig(count=1), "steps": 1})
-    preference.run(make_recipe(run.root, preference=more), run, board)
-    assert [each.name for each in (run.root / ".reference").iterdir()] == [cache.name]
-    assert (cache / "train.npy").stat().st_mtime_ns == before
-    first = read_lines(run.require("preference", "preference").path / METRICS_FILE)[0]
-    assert first["rewards/margin"] == pytest.approx(0, abs=1e-3)
+
+
+def test_scores_of_a_reference_are_named_after_what_decides_them() -> None:
+    plain = PreferenceConfig()
+    name = preference.name_scores(plain, "policy", "rows", True)
+    same = PreferenceConfig(loss="ipo", optimizer={"lr": 1.0}, workers={"count": 5}, peft="lora")
+    assert preference.name_scores(same, "policy", "rows", True) == name
+    others = {
+        preference.name_scores(plain, "other", "rows", True),
+        preference.name_scores(plain, "policy", "other", True),
+        preference.name_scores(PreferenceConfig(peft="qlora"), "policy", "rows", True),
+        preference.name_scores(
+            PreferenceConfig(engine={"dtype": "bfloat16"}), "policy", "rows", True
+        ),
+    }
+    assert len(others | {name}) == 5
+    assert preference.name_scores(PreferenceConfig(peft="qlora"), "policy", "rows", False) == name
 
 
 @real
