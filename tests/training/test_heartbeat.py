@@ -72,7 +72,7 @@ def test_a_rank_that_gives_no_sign_is_named(tmp_path: Path) -> None:
 def test_nobody_is_named_while_somebody_moves(tmp_path: Path) -> None:
     watch = make_watch(tmp_path)
     slow = replace(MARK, rank=1, waiting=False)
-    for second in range(0, 300, 30):
+    for second in range(0, 120, 30):
         busy = replace(slow, count=second)
         assert look(watch, tmp_path, second, 30, MARK, busy) is None
 
@@ -80,7 +80,7 @@ def test_nobody_is_named_while_somebody_moves(tmp_path: Path) -> None:
 def test_nobody_is_named_when_all_wait_or_all_compute(tmp_path: Path) -> None:
     for waiting in (True, False):
         marks = [replace(MARK, rank=rank, waiting=waiting) for rank in range(3)]
-        assert look(make_watch(tmp_path), tmp_path, 0, 200, *marks) is None
+        assert look(make_watch(tmp_path), tmp_path, 0, 80, *marks) is None
 
 
 def test_the_one_behind_is_named_where_waiting_cannot_be_seen(tmp_path: Path) -> None:

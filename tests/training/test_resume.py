@@ -41,7 +41,7 @@ def root(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = EngineConfig(backend="torch")
     inputs = directory / "inputs"
     SupervisedLoop(make_task(inputs, directory / "undisturbed", alone, dropout=0.0)).run()
-    run_until(make_task(inputs, directory / "chain", alone, dropout=0.0), 6)
+    run_until(make_task(inputs, directory / "chain", alone, dropout=0.0), 4)
     environment = os.environ | {
         "PYTHONPATH": str(Path(raylign.__file__).parents[1]),
         "DS_ACCELERATOR": "cpu",
@@ -92,11 +92,11 @@ def read_started(output: Path) -> list[int]:
 @pytest.mark.parametrize("case", list_cases())
 def test_resuming_is_exact_on_the_same_ranks(root: Path, case: str) -> None:
     whole, resumed = root / "whole" / case, root / "resumed" / case
-    assert read_started(resumed) == [0, 8]
+    assert read_started(resumed) == [0, 6]
     ours, theirs = (path / "model" / "model.safetensors" for path in (resumed, whole))
     assert ours.read_bytes() == theirs.read_bytes()
     states = [
-        StoredState(path / CHECKPOINTS / "step-00000012" / STATE) for path in (resumed, whole)
+        StoredState(path / CHECKPOINTS / "step-00000009" / STATE) for path in (resumed, whole)
     ]
     for name in states[0].names:
         for kind in ("master", "exp_avg", "exp_avg_sq"):
@@ -117,7 +117,7 @@ def test_dropout_was_on(root: Path) -> None:
 def test_other_ranks_and_stages_go_on_where_others_stopped(root: Path) -> None:
     """One rank of torch, two of ZeRO-1, two of ZeRO-3, one of torch: a row that was lost or came
     twice would bend the curve."""
-    assert read_started(root / "chain") == [0, 4, 8, 12]
+    assert read_started(root / "chain") == [0, 3, 6, 9]
     curves = [
         {row["step"]: row for row in read_lines(root / name / METRICS_FILE)}
         for name in ("chain", "undisturbed")
@@ -137,7 +137,7 @@ def test_other_ranks_and_stages_go_on_where_others_stopped(root: Path) -> None:
 @pytest.mark.parametrize("case", ["torch", "zero3", "zero1-bfloat16"])
 def test_every_checkpoint_is_whole_and_holds_a_model(root: Path, case: str) -> None:
     found = list_checkpoints(root / "whole" / case / CHECKPOINTS)
-    assert [path.name for path in found] == ["step-00000008", "step-00000012"], "the newest two"
+    assert [path.name for path in found] == ["step-00000006", "step-00000009"], "the newest two"
     for path in found:
         manifest = verify(path)
         assert manifest.ranks == RANKS and manifest.identity["seed"] == 2
@@ -157,16 +157,23 @@ def test_every_checkpoint_is_whole_and_holds_a_model(root: Path, case: str) -> N
 def test_a_state_does_not_depend_on_who_wrote_it(root: Path) -> None:
     """Two ranks of ZeRO-1 and ZeRO-3 leave the same stretches, cut differently."""
     states: list[Any] = [
-        StoredState(root / "whole" / name / CHECKPOINTS / "step-00000008" / STATE)
+        StoredState(root / "whole" / name / CHECKPOINTS / "step-00000006" / STATE)
         for name in ("zero1", "zero3", "torch")
     ]
     for name in states[0].names:
         first = states[0].whole(name)
         for other in states[1:]:
             assert torch.allclose(first, other.whole(name), atol=2e-5)
-            assert other.step(name) == 8
+            assert other.step(name) == 6
+
+
+def test_what_the_first_rank_refuses_all_ranks_refuse(root: Path) -> None:
+    """Else the others would wait for it."""
+    refusals = {(root / f"refusal-{rank}").read_text() for rank in range(RANKS)}
+    [text] = refusals
+    assert "step-00000009 is a checkpoint of another seed (2, not 9)" in text
 
 
 def test_world_size_is_not_part_of_what_a_checkpoint_belongs_to(root: Path) -> None:
-    found = read_manifest(root / "chain" / CHECKPOINTS / "step-00000012")
+    found = read_manifest(root / "chain" / CHECKPOINTS / "step-00000009")
     assert "ranks" not in found.identity and found.ranks == RANKS
