@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-zero3": {"zero_stage": 3},
     "lora-bfloat16": {"zero_stage": 1, "dtype": "bfloat16"},
     "loraplus-zero1": {"zero_stage": 1},
+    "vera-bfloat16": {"zero_stage": 1, "dtype": "bfloat16"},
     "qlora-zero3": {"zero_stage": 3},
     "dora-zero3": {"zero_stage": 3},
     "loha-zero3": {"zero_stage": 3},

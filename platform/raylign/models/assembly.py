@@ -33,7 +33,7 @@ class ModelPlan:
     base: str | None = None
     """What a saved adapter calls the model it adapts; the directory when not given."""
     dtype: str = "float32"
-    """What the engine computes in: qlora keeps its quantised weights for that."""
+    """What the engine computes in: for frozen tensors that are not its to cast."""
 
     def build(self) -> PreTrainedModel:
         """The model on the CPU in float32; of qlora where it is trained, in `dtype`.
@@ -48,7 +48,13 @@ class ModelPlan:
                 "directory or hub name in model"
             )
         lm = self._load(self.dtype if self.peft == "qlora" else "float32")
-        return adapt(lm, self.peft, self.adapter, self.seed, self.base or str(self.start))
+        adapt(lm, self.peft, self.adapter, self.seed, self.base or str(self.start))
+        if self.peft == "vera":
+            # Engines cast parameters; what vera draws and never trains are buffers.
+            for name, buffer in lm.named_buffers():
+                if "vera_" in name:
+                    buffer.data = buffer.data.to(DTYPES[self.dtype])
+        return lm
 
     def _load(self, dtype: str) -> PreTrainedModel:
         if isinstance(self.start, PreTrainedConfig):
