@@ -7,6 +7,7 @@ Every rank writes what its cases found to DIR.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import socket
 import sys
@@ -255,6 +256,7 @@ def main(directory: Path, chosen: list[str]) -> int:
         for rank in range(world):
             arguments = (directory, rank, world, port, chosen)
             processes.append(context.Process(target=run_rank, args=arguments))
+    gc.freeze()  # DeepSpeed collects garbage at every turn: not what was imported
     for process in processes:
         process.start()
     for process in processes:
