@@ -82,11 +82,10 @@ class DeepSpeedEngine:
         else:
             self._stop_before_nonsense(client)
         enclosure = Enclosure(model)
-        if self._stage == 3:
+        head = model.get_output_embeddings()
+        if self._stage == 3 and head is not None:
             # A language head's weight is used by bodies, outside the module that owns it.
-            head = model.get_output_embeddings()
-            if head is not None:
-                deepspeed.zero.register_external_parameter(enclosure, head.weight)
+            deepspeed.zero.register_external_parameter(enclosure, head.weight)
         # The groups of an engine before this one: DeepSpeed would go on using them.
         groups._release_process_group_references()
         with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
