@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from jobs import merge
 from jobs.entry import model_directory
+from jobs.pretrain import show
 from raylign.config import MergeConfig, Recipe, UserError
 from raylign.models.adapters import save_adapter
 from raylign.models.assembly import ModelPlan
 from raylign.models.folding import attach_adapter, trained_weights
 from raylign.models.loading import load_model, load_tokenizer
 from raylign.models.merging import merge_adapter
-from raylign.run import Run
+from raylign.run import Draft, Run
 from raylign.tracking import ProgressBoard
 
 TOKENS = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -124,3 +126,25 @@ def test_an_adapter_of_another_base_is_refused(tiny_model: Path, tmp_path: Path)
     wider = type(other)(other.config)
     with pytest.raises(UserError, match="does not fit its base"):
         attach_adapter(wider, adapter)
+
+
+def test_an_adapted_stage_says_what_was_trained_and_what_it_writes_now(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    board = ProgressBoard(Console(file=shown, width=200))
+    draft = Draft(tmp_path)
+    draft.summary.update(
+        parameters=1000, tokens=5, tokens_per_second=1.0, loss=1.0, initial_loss=2.0,
+        validation_loss=None, peft="prefix", trained_parameters=20, trained_share=0.02,
+        trained_by_kind={"virtual_tokens": 20},
+    )  # fmt: skip
+    rows = [(0, "a [b]", "old\nline"), (5, "a [b]", "half"), (9, "a [b]", "new")]
+    (tmp_path / "samples.jsonl").write_text(
+        "".join(json.dumps({"step": s, "prompt": p, "text": t}) + "\n" for s, p, t in rows)
+    )
+    with board:
+        show(draft, board)
+    lines = [line.strip() for line in shown.getvalue().splitlines()]
+    assert "prefix: 20 parameters trained, 2.00%: virtual_tokens 2.00%" in lines
+    assert any("no model/: a prefix adapter cannot be folded" in line for line in lines)
+    assert lines[-2:] == ["a [b]", "old line -> new"]
+    assert (tmp_path / "samples.md").read_text().endswith("| a [b] | old<br>line | new |\n")
