@@ -239,6 +239,27 @@ def measure(setup: Setup, steps: int) -> dict[str, float]:
     }
 
 
+def take_turns(setups: list[Setup], steps: int) -> dict[Setup, list[dict[str, float]]]:
+    """Steps of all setups in turn, in this process, which has one thread: by CPU time."""
+    torch.set_num_threads(1)
+    sides = []
+    for setup in setups:
+        build = build_ours if setup.who == "ours" else build_theirs
+        sides.append((setup, *build(setup, SHAPES[setup.shape], setup.rows)))
+    times: dict[Setup, list[float]] = {setup: [] for setup in setups}
+    for _ in range(steps + 2):
+        for setup, step, _ in sides:
+            began = time.process_time()
+            step()
+            times[setup].append(time.process_time() - began)
+    results = {}
+    for setup, _, parameters in sides:
+        middle = statistics.median(times[setup][2:])
+        found = {"wall": middle, "cpu": middle, "parameters": parameters, "start": 0.0}
+        results[setup] = [found]
+    return results
+
+
 def list_setups(options: argparse.Namespace, dtype: str) -> list[Setup]:
     """The configurations of both, theirs and ours in turn."""
     rows = options.rows or SHAPES[options.shape].rows
@@ -303,19 +324,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument(
+        "--in-turns",
+        action="store_true",
+        help="one process with one thread, steps in turn, CPU time: for a busy machine",
+    )
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         run_rank(Setup(**json.loads(options.rank)), options.steps)
         return
+    if options.in_turns:
+        options.threads = 1
     for dtype in options.dtypes:
         setups = list_setups(options, dtype)
+        shape = SHAPES[options.shape]
+        sys.stdout.write(f"{options.shape}: {shape}\n")
+        if options.in_turns:
+            alone = [s for s in setups if s.ranks == 1 and s.micro_batch == s.rows]
+            report(take_turns(alone, options.steps), setups[0].rows * shape.context)
+            continue
         results: dict[Setup, list[dict[str, float]]] = {setup: [] for setup in setups}
         for _ in range(options.rounds):
             for setup in setups:
                 results[setup].append(measure(setup, options.steps))
-        shape = SHAPES[options.shape]
-        sys.stdout.write(f"{options.shape}: {shape}\n")
         report(results, setups[0].rows * shape.context)
 
 

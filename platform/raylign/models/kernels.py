@@ -22,17 +22,16 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
-        wide = states.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square_().div_(states.shape[-1]).add_(epsilon))
         ctx.save_for_backward(states, weight, scale)
-        return (wide * scale).to(states.dtype).mul_(weight)
+        return (states * scale).to(states.dtype).mul_(weight)  # a product with float32 is float32
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states, weight, scale = ctx.saved_tensors
         upstream, width = gradients[0].float(), states.shape[-1]
-        normal = states.float() * scale
+        normal = states * scale
         down = upstream * normal
         weight_gradient = down.reshape(-1, width).sum(0).to(weight.dtype)
         # d/dx of x * rsqrt(mean(x^2) + eps), times the upstream gradient g = upstream * weight:
