@@ -11,7 +11,8 @@ import gc
 import multiprocessing
 import socket
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
 from raylign.models.presets import build_config
 from raylign.training.engine import DivergenceError, Engine, build_engine
+from raylign.training.fragments import StoredState, write_part
 from raylign.training.objectives import LanguageObjective
 from raylign.training.rows import TextRows, deal
 from raylign.training.sums import Sums
@@ -61,6 +63,8 @@ class Case:
     shape: ModelConfig = SHAPE
     peft: PeftKind = "none"
     steps: int = STEPS
+    then: tuple[EngineConfig, ...] = ()
+    """Engines that go on, each from what the one before has stored, and take as many steps."""
     poisoned: bool = False
     """After the steps, one rank's loss is not a number."""
 
@@ -109,6 +113,16 @@ def list_cases(world: int) -> dict[str, Case]:
         "sequence-zero1-lora": case(zero_stage=1, sequence_parallel=2, peft="lora"),
         "sequence-zero3-prompt": case(zero_stage=3, sequence_parallel=2, peft="prompt"),
     }
+    cases["tensor-then-others"] = case(
+        zero_stage=1,
+        tensor_parallel=2,
+        steps=5,
+        then=(
+            EngineConfig(zero_stage=3, sequence_parallel=2),
+            EngineConfig(zero_stage=0, tensor_parallel=2),
+            EngineConfig(zero_stage=2, offload="optimizer"),
+        ),
+    )
     rough = {"dtype": "bfloat16", "steps": 4, "poisoned": True}
     cases |= {f"zero{stage}-bfloat16": case(zero_stage=stage, **rough) for stage in range(4)}
     cases |= {
@@ -191,8 +205,14 @@ def copy_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 def run_case(given: Case) -> dict[str, Any]:
     """Losses, gradient norms, final weights, and what they say of some rows."""
-    engine = build(given)
-    steps = [take_step(engine, given.micro_batch, step) for step in range(given.steps)]
+    engine, steps = build(given), []
+    for turn, config in enumerate((given.engine, *given.then)):
+        if turn:
+            stored = store(engine)
+            engine = build(replace(given, engine=config), seed=8)
+            engine.restore(stored)
+        first = turn * given.steps
+        steps += [take_step(engine, given.micro_batch, first + i) for i in range(given.steps)]
     found: dict[str, Any] = dict(
         zip(("losses", "norms", "drawn"), zip(*steps, strict=True), strict=False)
     )
@@ -215,6 +235,15 @@ def run_case(given: Case) -> dict[str, Any]:
     return found
 
 
+def store(engine: Engine) -> StoredState:
+    """Every rank's part of the state, on disk."""
+    paths: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(paths)
+    write_part(engine.fragments(), Path(paths[0]) / f"{engine.rank}.safetensors")
+    dist.barrier()
+    return StoredState(Path(paths[0]))
+
+
 def read_memory(engine: Engine) -> dict[str, torch.Tensor]:
     """All that a step would change: weights, their float32 masters, the optimizer's moments."""
     found = copy_weights(engine)
@@ -226,6 +255,7 @@ def read_memory(engine: Engine) -> dict[str, torch.Tensor]:
 
 def run_rank(directory: Path, rank: int, world: int, port: int, chosen: list[str]) -> None:
     torch.set_num_threads(1)
+    tempfile.tempdir = str(directory)
     faulthandler.dump_traceback_later(240, exit=True)
     if world > 1:
         dist.init_process_group(
@@ -261,6 +291,7 @@ def main(directory: Path, chosen: list[str]) -> int:
         process.start()
     for process in processes:
         process.join()
+    gc.unfreeze()
     return sum(process.exitcode != 0 for process in processes)
 
 
