@@ -142,7 +142,8 @@ def test_scores_of_a_reference_are_named_after_what_decides_them() -> None:
 def test_a_reward_model_scores_the_same_in_transformers(
     ray_cluster: None, start: Path, board: ProgressBoard, tmp_path: Path
 ) -> None:
-    config = RewardModelConfig(model=str(start), data=PAIRS, centring=0.01, **SMALL)
+    one: dict[str, Any] = {"engine": {"backend": "torch"}, "workers": {"count": 1}}
+    config = RewardModelConfig(model=str(start), data=PAIRS, centring=0.01, **SMALL, **one)
     run = Run(tmp_path / "run")
     reward_model.run(make_recipe(run.root, reward_model=config), run, board)
     stage = run.require("reward_model", "reward_model")
