@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from raylign.data.packing import attention_mask, positions
 from raylign.models.acceleration import accelerate, compile_layers
 from raylign.models.attention import BLOCK, attend, find_starts, plan
+from raylign.models.kernels import multiply
 
 WIDTH, VOCABULARY = 48, 29
 
@@ -186,6 +187,19 @@ def test_any_cut_gives_the_same_attention(
     found, expected = (torch.autograd.grad(out, inputs, upstream) for out in (ours, theirs))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_products_take_gradients_that_are_not_stored_row_by_row() -> None:
+    torch.manual_seed(5)
+    states, weight = torch.randn(2, 5, 7), torch.randn(3, 7)
+    for upstream in (torch.ones(1, 1, 1).expand(2, 5, 3), torch.randn(3, 5, 2).transpose(0, 2)):
+        found, expected = (
+            torch.autograd.grad(function(one, two), [one, two], upstream)
+            for function in (multiply, nn.functional.linear)
+            for one, two in [(states.clone().requires_grad_(), weight.clone().requires_grad_())]
+        )
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 def test_a_block_skips_the_documents_before_it() -> None:

@@ -163,6 +163,7 @@ def apply(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
         and states.dtype == torch.float32
         and linear.weight.dtype == torch.float32
         and states.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
         and not hasattr(linear.weight, "ds_id")  # ZeRO-3 gathers weights by the module's hooks
     ):
         return multiply(states, linear.weight)

@@ -125,4 +125,5 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
+    # Gradients can be expanded numbers, which oneDNN would read as if they were stored.
+    return torch.ops.mkldnn._linear_pointwise(states.contiguous(), weight, None, "none", [], "")
