@@ -252,7 +252,7 @@ def test_an_interrupted_job_goes_on_from_its_newest_checkpoint(trained: Run, fre
         kill_tree(second)
     before = newest()
     with start_job(recipe) as third:
-        assert third.wait(240) == 0
+        assert third.wait(300) == 0
     ours, theirs = (run.require("pretrain", "pretrain") for run in (fresh, trained))
     assert list_starts(ours) == [0, done, before]
     hashes = [
@@ -322,7 +322,7 @@ def test_a_mistake_found_by_a_worker_is_one_line(
     with pytest.raises(UserError) as caught:
         pretrain.run(make_recipe(fresh, pretrain=config), fresh, board)
     assert str(caught.value) == (
-        "pretrain: the norm of the gradient is nan at step 1, and no rank has taken it; lower "
+        "pretrain: the norm of the gradient is inf at step 1, and no rank has taken it; lower "
         "pretrain.optimizer.lr or raise pretrain.schedule.warmup_steps; the step's rows are in "
         f"{fresh.root}/diverged/pretrain-step-00000001"
     )
