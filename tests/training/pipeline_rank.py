@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from raylign.config import EngineConfig, ModelConfig, OptimizerConfig
+from raylign.config import AdapterConfig, EngineConfig, ModelConfig, OptimizerConfig
+from raylign.models.adapters import adapt
 from raylign.models.loading import initialise
 from raylign.models.presets import build_config
 from raylign.training.engine import DivergenceError, Engine, build_engine
@@ -30,6 +31,7 @@ from raylign.training.rows import TextRows, deal
 from raylign.training.sums import Sums
 
 VOCABULARY, LENGTH, STEPS = 64, 24, 20
+TIMEOUT_S = 300  # four ranks may have to share one busy core
 OPTIMIZER = OptimizerConfig(lr=3e-3, clip=0.5)
 OBJECTIVE = LanguageObjective(Path(), "corpus")
 TYPES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
@@ -54,7 +56,7 @@ class Case:
 
 
 def pipe(stages: int = 2, **keys: Any) -> EngineConfig:
-    return EngineConfig(pipeline_parallel=stages, **keys)
+    return EngineConfig(pipeline_parallel=stages, timeout_s=TIMEOUT_S, **keys)
 
 
 FOUR = {
@@ -72,6 +74,7 @@ PAIRS = (
         "2-untied": Case(pipe(), "untied"),
         "2-bfloat16": Case(pipe(dtype="bfloat16"), steps=STEPS),
         "2-gptj": Case(pipe(), "gptj"),
+        "2-lora": Case(pipe(), "lora"),
     },
     {
         "2-checkpointing": Case(pipe(activation_checkpointing=True), micro_batch=1),
@@ -85,6 +88,8 @@ PAIRS = (
 def build_model(name: str, seed: int) -> PreTrainedModel:
     """A decoder of four layers."""
     config: PreTrainedConfig
+    if name == "lora":
+        return adapt(build_model("tied", seed), "lora", AdapterConfig(rank=4), seed, base="")
     if name in ("tied", "untied", "gptj"):
         shape = ModelConfig(
             family="gptj" if name == "gptj" else "llama",
@@ -220,7 +225,7 @@ def join(rank: int, world: int, port: str) -> None:
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=TIMEOUT_S),
     )
 
 

@@ -20,7 +20,7 @@ import raylign
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pipeline_rank import FOUR, PAIRS, STEPS, Case, build_model, pipe, run_case
+from pipeline_rank import FOUR, PAIRS, STEPS, Case, build_model, draw_rows, pipe, run_case
 
 from raylign.config import (
     EngineConfig,
@@ -31,10 +31,11 @@ from raylign.config import (
 )
 from raylign.data.packing import ShardWriter, pack, write_index
 from raylign.models.assembly import ModelPlan
+from raylign.models.heads import build_scorer
 from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
 from raylign.training.engine import build_engine
 from raylign.training.loop import SupervisedLoop, SupervisedTask
-from raylign.training.objectives import LanguageObjective
+from raylign.training.objectives import LanguageObjective, embed_batch
 from raylign.training.pipeline_stage import Stage, divide
 from raylign.training.supervised import train
 
@@ -64,9 +65,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Found:
         )
         for rank in range(4)
     ]
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "".join(outputs)
     return [torch.load(directory / f"rank-{rank}.pt") for rank in range(4)]
 
 
@@ -253,6 +253,22 @@ def test_no_division_is_better() -> None:
             best = min(max(sum(costs[a:b]) for a, b in itertools.pairwise(c)) for c in every)
             found = divide(costs, parts)
             assert max(sum(costs[a:b]) for a, b in itertools.pairwise(found)) == best
+
+
+def test_a_reward_models_head_is_on_the_last_stage(tiny_model: Path) -> None:
+    whole, *parts = (build_scorer(tiny_model, "score", 7).eval() for _ in range(3))
+    batch = LanguageObjective(tiny_model, "corpus").assemble(draw_rows(0, 4), slice(0, 4), 0)
+    batch.tokens.remainder_(whole.config.vocab_size)
+    stages = [Stage(lm, index, 2) for index, lm in enumerate(parts)]
+    hidden = None
+    for stage in stages:
+        hidden = stage.run(batch, hidden)
+    assert torch.equal(hidden, embed_batch(whole, batch))
+    names = [{name for name, _ in stage.lm.named_parameters()} for stage in stages]
+    every = {name for name, _ in whole.named_parameters()}
+    assert set.union(*names) == every and sum(map(len, names)) == len(every)
+    heads = [n for n in every if "layers" not in n and "embed" not in n and "norm" not in n]
+    assert heads and all(name in names[1] for name in heads)
 
 
 def test_what_cannot_be_cut_is_refused() -> None:

@@ -45,17 +45,20 @@ class Stage(Enclosure):
         self.width: int = lm.config.get_text_config().hidden_size
         self._inlet: _Inlet | None = None
         mine = range(self.bounds[stage], self.bounds[stage + 1])
+        like = next(p for p in layers[mine.start].parameters() if p.is_floating_point())
         for index in range(len(layers)):
             if index not in mine:
                 layers[index] = _Pass(as_tuple)
         if stage > 0:
             self._inlet = _Inlet(as_tuple)
             layers[mine.start - 1] = self._inlet
-            kept = embedding.weight if self.tied and stage == stages - 1 else None
-            blank = _NoEmbedding(self._inlet, kept)
+            if self.tied and stage == stages - 1:
+                blank: _NoEmbedding = _TiedEmbedding(self._inlet, embedding.weight)
+            else:
+                blank = _UntiedEmbedding(self._inlet, like)
             decoder.set_input_embeddings(blank)
         if stage < stages - 1:
-            setattr(decoder, _name_of(decoder, norm), _Outlet(next(layers[mine[0]].parameters())))
+            setattr(decoder, _name_of(decoder, norm), _Outlet(like))
             for name, part in list(lm.named_children()):
                 if part is not decoder:
                     setattr(lm, name, nn.Identity())
@@ -130,18 +133,34 @@ class _Inlet(nn.Module):
 
 
 class _NoEmbedding(nn.Module):
-    """In the place of the embedding: a tensor of the right shape, that the inlet will ignore.
+    """In the place of the embedding: a tensor of the right shape, that the inlet will ignore."""
 
-    Keeps the weight that the head is tied to, so that it has one name on all stages.
-    """
-
-    def __init__(self, inlet: _Inlet, weight: nn.Parameter | None) -> None:
+    def __init__(self, inlet: _Inlet) -> None:
         super().__init__()
         self._inlet = (inlet,)  # in a tuple: not a part of this module
-        self.weight = weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._inlet[0].require().detach()
+
+
+class _TiedEmbedding(_NoEmbedding):
+    """Keeps the weight that the head is tied to, so that it has one name on all stages."""
+
+    def __init__(self, inlet: _Inlet, weight: nn.Parameter) -> None:
+        super().__init__(inlet)
+        self.weight = weight
+
+
+class _UntiedEmbedding(_NoEmbedding):
+    """Keeps nothing; `weight` is something of the model's type, for those who look there for it."""
+
+    def __init__(self, inlet: _Inlet, like: torch.Tensor) -> None:
+        super().__init__(inlet)
+        self._like = (like,)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._like[0]
 
 
 class _Pass(nn.Module):
