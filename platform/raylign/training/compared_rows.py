@@ -20,7 +20,7 @@ from raylign.data.comparisons import Answer, Compared
 from raylign.data.comparisons.encoding import WRONG
 
 # A prompt is shared when that leaves less than this of the tokens to compute: its mask costs, too.
-SHARED_BELOW = 0.85
+SHARED_BELOW = 0.75
 
 _ARRAYS = ("tokens", "marks", "starts", "ends", "values")
 
