@@ -26,7 +26,12 @@ PATIENCE = 0.75
 PHASES = ("starting", "reading", "forward", "reducing", "measuring", "sampling", "saving", "ending")
 _LIBRARY = sysconfig.get_path("stdlib")
 _DEPTH = 20  # innermost frames that are looked at
-_COLLECTIVE = (f"torch{os.sep}distributed", f"deepspeed{os.sep}comm", f"training{os.sep}peers.py")
+_COLLECTIVE = (
+    f"torch{os.sep}distributed",
+    f"deepspeed{os.sep}comm",
+    f"training{os.sep}peers.py",
+    f"training{os.sep}pipeline_link.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
