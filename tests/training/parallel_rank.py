@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import raylign.training.deepspeed_engine  # noqa: F401 - before the fork
 from raylign.config import AdapterConfig, EngineConfig, ModelConfig, OptimizerConfig
 from raylign.config.training import PeftKind
 from raylign.models.adapters import adapt
 from raylign.models.crossentropy import score_targets
+from raylign.models.heads import configure_scorer, score_states
 from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
 from raylign.models.presets import build_config
@@ -34,7 +35,7 @@ from raylign.training.engine import DivergenceError, Engine, build_engine
 from raylign.training.fragments import StoredState, write_part
 from raylign.training.objectives import LanguageObjective
 from raylign.training.rows import TextRows, deal
-from raylign.training.sums import Sums
+from raylign.training.sums import Sums, tally
 
 WORLDS = (2, 4)
 VOCABULARY, ROWS, LENGTH, STEPS = 64, 6, 19, 20
@@ -62,6 +63,8 @@ class Case:
     micro_batch: int = 3
     shape: ModelConfig = SHAPE
     peft: PeftKind = "none"
+    scores: bool = False
+    """The head gives scores, as that of a reward model."""
     steps: int = STEPS
     then: tuple[EngineConfig, ...] = ()
     """Engines that go on, each from what the one before has stored, and take as many steps."""
@@ -83,6 +86,7 @@ def list_cases(world: int) -> dict[str, Case]:
             "gptj": case(backend="torch", micro_batch=ROWS, shape=GPTJ),
             "lora": case(backend="torch", micro_batch=ROWS, peft="lora"),
             "prompt": case(backend="torch", micro_batch=ROWS, peft="prompt"),
+            "scorer": case(backend="torch", micro_batch=ROWS, scores=True),
             "start": case(backend="torch", steps=0),
         }
     if world == 4:
@@ -110,6 +114,8 @@ def list_cases(world: int) -> dict[str, Case]:
         "sequence-zero0": case(zero_stage=0, sequence_parallel=2),
         "sequence-zero1": case(zero_stage=1, sequence_parallel=2, **again),
         "sequence-zero3": case(zero_stage=3, sequence_parallel=2),
+        "tensor-zero1-scorer": case(zero_stage=1, tensor_parallel=2, scores=True),
+        "sequence-zero2-scorer": case(zero_stage=2, sequence_parallel=2, scores=True),
         "sequence-zero1-lora": case(zero_stage=1, sequence_parallel=2, peft="lora"),
         "sequence-zero3-prompt": case(zero_stage=3, sequence_parallel=2, peft="prompt"),
     }
@@ -159,7 +165,15 @@ def draw_rows(step: int) -> TextRows:
 
 
 def build(given: Case, seed: int = 7) -> Engine:
-    model = initialise(build_config(given.shape, VOCABULARY, pad_id=0, eos_id=1), seed)
+    config = build_config(given.shape, VOCABULARY, pad_id=0, eos_id=1)
+    model: PreTrainedModel = initialise(config, seed)
+    if given.scores:
+        scorer = AutoModelForSequenceClassification.from_config(
+            configure_scorer(config, "score", 0)
+        )
+        torch.nn.init.constant_(scorer.score.weight, 0.1)
+        scorer.model.load_state_dict(model.model.state_dict())
+        model = scorer
     if given.peft != "none":
         adapter = AdapterConfig(rank=4) if given.peft == "lora" else AdapterConfig(virtual_tokens=3)
         model = adapt(model, given.peft, adapter, seed=3, base="base")
@@ -181,6 +195,10 @@ def take_step(
 
     def lose(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Sums]:
         drawn.append(float(torch.rand(())))
+        if lm.get_output_embeddings() is None:
+            total = lose_scores(lm, hidden, batch)
+            sums = {"loss": tally(total, batch.trained.sum())}
+            return total / ROWS * factor, sums
         loss, sums = OBJECTIVE.loss(lm, hidden, batch, totals)
         more = lose_more(lm, hidden, batch) / totals["tokens"]
         return (loss + more) * factor, sums
@@ -189,6 +207,12 @@ def take_step(
     assert count == totals["tokens"]
     norm = engine.step(OPTIMIZER.lr * (step + 1) / STEPS)
     return total / count, norm, drawn[0]
+
+
+def lose_scores(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+    """What reward models do: a score of every row, here pushed up or down by its first token."""
+    signs = batch.tokens[:, 0] % 2 * 2.0 - 1
+    return torch.nn.functional.softplus(signs * score_states(lm, hidden[:, 1])).sum()
 
 
 def lose_more(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -228,6 +252,8 @@ def run_case(given: Case) -> dict[str, Any]:
         except DivergenceError as error:
             found["error"] = str(error)
         found["left"] = read_memory(engine)
+        return found
+    if given.scores:
         return found
     with torch.no_grad():
         tokens = torch.from_numpy(draw_rows(99).tokens)

@@ -92,7 +92,8 @@ def test_the_loss_curve_is_that_of_a_single_process(
         assert rank["losses"] == pytest.approx(reference["losses"], abs=2e-6)
         assert rank["norms"] == pytest.approx(reference["norms"], abs=2e-6)
         assert gap(rank["weights"], reference["weights"]) < 1e-6
-        assert float((rank["logprobs"] - reference["logprobs"]).abs().max()) < 2e-6
+        if "logprobs" in reference:
+            assert float((rank["logprobs"] - reference["logprobs"]).abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize("case", ROUGH)

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from raylign.config import EngineConfig, UserError
+from raylign.config import AlignConfig, EngineConfig, UserError
 from raylign.models.sequence import share_sequences
 from raylign.training.deepspeed_tensor import require_known
 from raylign.training.topology import Topology, arrange, require_divisible
@@ -100,6 +100,12 @@ def test_heads_and_widths_must_divide(
 def test_key_value_heads_may_be_fewer_than_sequence_ranks() -> None:
     model = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=1)
     require_divisible(EngineConfig(sequence_parallel=4), model)
+
+
+def test_learners_of_alignment_share_nothing_but_zero() -> None:
+    assert AlignConfig.model_validate({"engine": {"zero_stage": 3}}).engine.zero_stage == 3
+    with pytest.raises(ValueError, match="sequence_parallel: every learner trains on"):
+        AlignConfig.model_validate({"engine": {"sequence_parallel": 2}})
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

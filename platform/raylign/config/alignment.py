@@ -145,6 +145,16 @@ class AlignConfig(Section):
     """Steps between saved policies besides the last; 0 saves the last only."""
 
     @model_validator(mode="after")
+    def _check_engine(self) -> AlignConfig:
+        for key in ("tensor_parallel", "pipeline_parallel", "sequence_parallel"):
+            if getattr(self.engine, key) > 1:
+                raise ValueError(
+                    f"engine.{key}: every learner trains on trajectories of its own; set it to 1, "
+                    "and share weights out with engine.zero_stage=3"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_peft(self) -> AlignConfig:
         check_peft(self.peft, self.adapter, self.engine)
         if self.adapter.dropout:

@@ -44,7 +44,7 @@ def share_sequences(
     decoder = lm.get_decoder()
     ranks = dist.get_world_size(group)
     copies = ranks // math.gcd(kv_heads, ranks)
-    inner = lm.config._attn_implementation
+    inner = decoder.config._attn_implementation
     share = Share(group, copies, inner if inner in ALL_ATTENTION_FUNCTIONS else "sdpa")
     # The model's own configuration stays: it is what gets exported, and sampled from.
     shown = decoder.config
