@@ -86,6 +86,7 @@ class DeepSpeedEngine:
         if self._stage == 3 and head is not None:
             # A language head's weight is used by bodies, outside the module that owns it.
             deepspeed.zero.register_external_parameter(enclosure, head.weight)
+        buffers = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
         # The groups of an engine before this one: DeepSpeed would go on using them.
         groups._release_process_group_references()
         with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
@@ -96,6 +97,9 @@ class DeepSpeedEngine:
             )
         self.module: nn.Module = self._deepspeed
         self.device = torch.device(self._deepspeed.device)
+        for name, buffer in model.named_buffers():
+            if name in buffers:  # rotary frequencies, which it has cast to the weights' type
+                buffer.data = buffers[name].to(self.device)
         if topology.tensor > 1:
             self._tensor = groups.get_tensor_model_parallel_group()
             # It pickles the first inputs and compares them by ==, which arrays do not have.

@@ -26,7 +26,7 @@ from raylign.models.adapters import find_adaptation
 from raylign.models.folding import plain_weights, trained_weights
 from raylign.models.loading import DTYPES
 from raylign.runtime import derive_seed
-from raylign.training.engine import build_optimizer, require_finite, set_rate
+from raylign.training.engine import build_optimizer, narrow, require_finite, set_rate
 from raylign.training.fragments import Fragment, StoredState, fill_shards, list_whole, read_shards
 from raylign.training.pipeline_link import Link, Shape
 from raylign.training.pipeline_schedule import run_forward_backward
@@ -192,9 +192,7 @@ class PipelineEngine:
         self._masters = {name: self._trained[name] for name in owned}
         if self._dtype != torch.float32:
             self._masters = {name: _copy_master(self._trained[name]) for name in owned}
-            for parameter in self.lm.parameters():  # and not the buffers of rotary frequencies
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(self._dtype)
+            narrow(self.lm, self._dtype)
         self._gradients: dict[str, torch.Tensor] = {}
         self._optimizer = (
             build_optimizer(self._masters.values(), optimizer) if self._masters else None

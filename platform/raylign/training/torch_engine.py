@@ -15,7 +15,7 @@ from raylign.models.adapters import find_adaptation
 from raylign.models.folding import plain_weights, trained_weights
 from raylign.models.loading import DTYPES
 from raylign.training import passes
-from raylign.training.engine import build_optimizer, require_finite, set_rate
+from raylign.training.engine import build_optimizer, narrow, require_finite, set_rate
 from raylign.training.fragments import Fragment, StoredState, fill_shards, list_whole, read_shards
 from raylign.training.sums import LossFunction, Measurement, Sums
 
@@ -31,14 +31,15 @@ class TorchEngine:
         self.data_rank, self.data_ranks = self.rank, self.world_size
         self.module: nn.Module = model
         self.lm, self.whole = model, True
-        self.device = next(model.parameters()).device
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(self.device)
         self._clip = optimizer.clip
         masters = [p for p in model.parameters() if p.requires_grad]
         self._copies: list[nn.Parameter] = []
         if DTYPES[config.dtype] != torch.float32:
             kept = masters
             masters = [_copy_master(p) for p in kept]
-            model.to(DTYPES[config.dtype])
+            narrow(model, DTYPES[config.dtype])
             self._copies = kept
         self._masters = masters
         self._optimizer = build_optimizer(masters, optimizer)
