@@ -290,6 +290,10 @@ def test_engines_that_cannot_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SftConfig.model_validate({"peft": "prefix", "engine": engine})
+    for kind, engine in (("lora", {"pipeline_parallel": 2}), ("qlora", {"sequence_parallel": 2})):
+        assert SftConfig.model_validate({"peft": kind, "engine": engine}).peft == kind
+    with pytest.raises(ValueError, match=r"peft=qlora does not work with engine\.pipeline"):
+        SftConfig.model_validate({"peft": "qlora", "engine": {"pipeline_parallel": 2}})
 
 
 def test_what_cannot_be_is_said_in_one_line(

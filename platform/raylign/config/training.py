@@ -189,9 +189,13 @@ def check_peft(peft: PeftKind, adapter: AdapterConfig, engine: EngineConfig) -> 
             )
     if peft == "none":
         return
-    for key in ("tensor_parallel", "pipeline_parallel", "sequence_parallel"):
-        shared = key == "sequence_parallel" and peft != "prefix"
-        if getattr(engine, key) > 1 and not shared:
+    works = {
+        "tensor_parallel": False,
+        "pipeline_parallel": peft == "lora",
+        "sequence_parallel": peft != "prefix",
+    }
+    for key, possible in works.items():
+        if getattr(engine, key) > 1 and not possible:
             raise ValueError(f"peft={peft} does not work with engine.{key}; set it to 1")
     if peft == "prefix" and engine.activation_checkpointing:
         raise ValueError(
