@@ -143,6 +143,14 @@ def locate_start(run: Run, given: str | None, stage: str, job: str, key: str) ->
     return model_directory(path), content
 
 
+def locate_tokenizer(run: Run, given: str | None, stage: str, job: str, key: str) -> Path:
+    """A model's directory as by `locate_start`, for its tokenizer and configuration: of the hub no
+    weights are fetched, and nothing is hashed."""
+    if given is None:
+        return model_directory(run.require(stage, job).path)
+    return model_directory(locate_model(given, key, weights=False))
+
+
 def model_directory(path: Path) -> Path:
     """Where the weights are: a stage of ours keeps them in `model/`, or in `adapter/` what cannot
     be folded into a model; others at the top."""

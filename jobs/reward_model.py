@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs import comparisons
 from jobs.comparisons import ROWS, Source, check, locate_data, prepare_rows, print_examples
-from jobs.entry import locate_start, main, perform, section
+from jobs.entry import locate_start, locate_tokenizer, main, perform, section
 from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, RewardModelConfig
 from raylign.data.preferences import Kind
@@ -63,7 +63,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
 def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """`--show COUNT`: the first training examples, and what became of every row."""
     config = section(recipe, STAGE, RewardModelConfig)
-    model, _ = locate_start(run, config.model, "sft", "sft", f"{STAGE}.model")
+    model = locate_tokenizer(run, config.model, "sft", "sft", f"{STAGE}.model")
     data, _ = locate_data(run, config.data, STAGE)
     tokenizer = load_tokenizer(model)
     check(config, STAGE, model, tokenizer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ if __name__ == "__main__":  # a plan needs nothing of what follows
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from jobs.entry import locate, locate_start, main, model_directory, perform, section
+from jobs.entry import locate, locate_start, locate_tokenizer, main, perform, section
 from jobs.examples import print_examples
 from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, SftConfig, UserError
@@ -35,7 +36,6 @@ from raylign.data.chat import (
     require_enough,
     write_rejections,
 )
-from raylign.models.hub import locate_model
 from raylign.models.loading import load_config, load_tokenizer, pad_id
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
@@ -76,11 +76,7 @@ def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) ->
     config = section(recipe, "sft", SftConfig)
     if not count.isdecimal():
         raise UserError(f"--show {count}: give the number of examples, like --show 3")
-    if config.model is None:
-        model, _ = locate(run, None, "pretrain", "pretrain", "sft.model")
-    else:
-        model = locate_model(config.model, "sft.model")
-    model = model_directory(model)
+    model = locate_tokenizer(run, config.model, "pretrain", "pretrain", "sft.model")
     tokenizer = load_tokenizer(model)
     check(config, model, tokenizer)
     data, _ = _locate_data(run, config)
@@ -152,6 +148,7 @@ def prepare_rows(
         conversations=len(found.conversations),
         rows=counts["train"],
         trained_tokens=sum(int(c.trained.sum()) for c in train_part),
+        ends_with=find_closing(found.conversations[:_PEEKED], tokenizer),
         truncated=found.truncated,
         rejected=len(found.rejected),
         rejected_reasons=dict(reasons),
@@ -179,7 +176,7 @@ def describe(found: Demonstrations, tokenizer: PreTrainedTokenizerBase) -> list[
     elif closing != tokenizer.eos_token:
         lines.append(
             f"answers end with {closing}, and the tokenizer's eos_token is {tokenizer.eos_token}: "
-            "whatever generates has to stop at the first"
+            "the model's configuration will name both"
         )
     return lines + [f"left out: {line}" for line in found.describe()]
 
@@ -217,10 +214,13 @@ def plan(
 ) -> SupervisedTask:
     """The task as every rank gets it."""
     noise = derive_seed(seed, "sft", "noise")
+    model_plan = plan_model(config, model, derive_seed(seed, "sft", "weights"))
+    closing = draft.summary["ends_with"]
+    stops = () if closing is None else (tokenizer.convert_tokens_to_ids(closing),)
     return SupervisedTask(
         name="sft",
         output=draft.path,
-        model=plan_model(config, model, derive_seed(seed, "sft", "weights")),
+        model=replace(model_plan, stops=stops),
         tokenizer=model,
         objective=LanguageObjective(
             rows, "demonstrations", noise=config.neftune_alpha, noise_seed=noise

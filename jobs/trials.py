@@ -14,6 +14,7 @@ from rich.table import Table
 from raylign.config import TuneConfig
 from raylign.training.tuning import Trial
 
+BEST = "#1a7f37"
 COLORS = {"finished": "#1f6feb", "stopped": "#9aa4b1", "failed": "#d1242f"}
 
 
@@ -94,7 +95,7 @@ def draw_trials(rows: Sequence[TrialRow], best: str, config: TuneConfig, file: P
     for row in order(rows, config):
         trial, color = row.trial, COLORS[row.trial.status]
         chosen = trial.name == best
-        mark = {"color": "#1a7f37" if chosen else color, "s": 90 if chosen else 40, "zorder": 3}
+        mark = {"color": BEST if chosen else color, "s": 90 if chosen else 40, "zorder": 3}
         mark["marker"] = "*" if chosen else "o"
         if row.trainable and not math.isnan(trial.metric):
             size.scatter(row.trainable, trial.metric, **mark)
@@ -109,6 +110,10 @@ def draw_trials(rows: Sequence[TrialRow], best: str, config: TuneConfig, file: P
     curves.set(xlabel="step")
     for axes in (size, clock, curves):
         axes.grid(alpha=0.3)
+    for status in dict.fromkeys(row.trial.status for row in rows):
+        clock.scatter([], [], color=COLORS[status], s=40, label=status)
+    clock.scatter([], [], color=BEST, s=90, marker="*", label="best")
+    clock.legend(fontsize=8)
     label = "best: " + ", ".join(_cells_of_values(rows, best))
     figure.suptitle(f"{config.stage}, {len(rows)} trials; {label}", fontsize=10)
     figure.savefig(file)

@@ -181,3 +181,28 @@ def test_a_head_that_vllm_cannot_serve_on_a_cpu_is_named(tiny_model: Path, tmp_p
     (odd / "config.json").write_text(json.dumps(shape | {"head_dim": 16}))
     with pytest.raises(UserError, match=r"heads of 16 dimensions .* knows 32, 64"):
         build("vllm", odd)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_a_model_may_end_with_more_than_one_token(
+    tiny_model: Path, tmp_path: Path, backend: str
+) -> None:
+    whole = generate_one("transformers", tiny_model)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    stop = whole[4]
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((model / name).read_text(encoding="utf-8"))
+        fields["eos_token_id"] = [fields["eos_token_id"], stop]
+        (model / name).write_text(json.dumps(fields), encoding="utf-8")
+    assert generate_one(backend, model) == whole[: whole.index(stop) + 1]
+
+
+def generate_one(backend: str, model: Path) -> tuple[int, ...]:
+    """The likeliest continuation, of which the model decides where it ends."""
+    generator = build(backend, model)
+    greedy = Sampling(temperature=0.0, max_tokens=8)
+    [[sample]] = generate(generator, PROMPTS[:1], greedy)
+    generator.close()
+    assert sample.finish_reason == ("length" if len(sample.token_ids) == 8 else "stop")
+    return sample.token_ids

@@ -189,6 +189,17 @@ def test_noise_changes_what_is_learned_and_micro_batches_do_not(
     assert differ(noisy, plain) > 1e-4
 
 
+def test_what_answers_end_with_ends_what_the_model_writes(
+    model: Path, tmp_path: Path, board: ProgressBoard
+) -> None:
+    train(model, write(tmp_path, alpaca(20)), tmp_path / "out", board, steps=1)
+    end = load_tokenizer(model).convert_tokens_to_ids("<|im_end|>")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "out" / "model" / name).read_text(encoding="utf-8"))
+        assert found["eos_token_id"] == [1, end]
+    assert json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == 1
+
+
 def test_plain_pairs_train_a_model_without_a_template(
     model: Path, tmp_path: Path, board: ProgressBoard
 ) -> None:

@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_refused_before_workers_start(
     def change(**update: object) -> str:
         return refuse(pretrain, fresh, board, pretrain=PRETRAIN.model_copy(update=update))
 
-    assert "pretrain.model.context=32 is shorter than the shards' rows of 64 tokens" in change(
+    assert "pretrain.model.context=32 is shorter than rows of 64 tokens" in change(
         model=SHAPE.model_copy(update={"context": 32})
     )
     assert "made with another tokenizer" in change(tokenizer=fresh.root / "shards")

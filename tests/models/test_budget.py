@@ -14,9 +14,8 @@ from raylign.data.packing import attention_mask, positions
 from raylign.models.adapters import adapt
 from raylign.models.budget import Blueprint, count, count_adapter, count_flops
 from raylign.models.catalog import write_fields
-from raylign.models.enclosure import LOGIT_BYTES
 from raylign.models.loading import initialise
-from raylign.models.memory import LOGIT_PIECE, estimate, keep_block
+from raylign.models.memory import LOGIT_BYTES, estimate, keep_block
 from raylign.models.presets import build_config
 from raylign.training.objectives import embed_batch
 from raylign.training.rows import MicroBatch
@@ -234,7 +233,6 @@ def test_memory_by_hand() -> None:
 
 
 def test_logits_are_made_in_pieces_of_this_size() -> None:
-    assert LOGIT_PIECE == LOGIT_BYTES
     large = count(write_fields(ModelConfig(preset="llama-3.1-8b"), 128_256))
     found = estimate(large, large.total, EngineConfig(), 1, 4, 4096, False)
-    assert found.logits == 3 * LOGIT_PIECE
+    assert found.logits == 3 * LOGIT_BYTES

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -47,6 +49,22 @@ def test_a_directory_goes_before_the_hub(cache: Path, tmp_path: Path) -> None:
     assert locate_model("org/name") == mine
     assert locate_config("org/name") == mine / "model" / "config.json"
     assert identify_model(mine) == content_hash(mine)
+
+
+def test_weights_are_fetched_where_they_are_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def note(repository: str, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", note)
+    assert locate_model("org/name") == locate_model("org/name", weights=False) == tmp_path
+    files = ("model-1.safetensors", "tokenizer.json", "chat_template.jinja", "pytorch_model.bin")
+    matched = [[f for f in files if any(fnmatch(f, p) for p in patterns)] for patterns in asked]
+    assert matched == [list(files[:3]), list(files[1:3])]
 
 
 def test_a_snapshot_is_known_by_its_commit(cache: Path) -> None:

@@ -134,8 +134,10 @@ def measure_only(
 
 def run_case(case: Case, directory: Path) -> dict[str, Any]:
     """Losses, gradient norms, final weights, loss of other rows, and what this rank holds."""
+    others = find_weights()
     engine = build_engine(case.engine, build_model(case.model, 7), OPTIMIZER)
-    found: dict[str, Any] = {"losses": [], "norms": [], "bytes": count_bytes(engine)}
+    held = sum(size for place, size in find_weights().items() if place not in others)
+    found: dict[str, Any] = {"losses": [], "norms": [], "bytes": held}
     for step in range(case.steps):
         if case.interrupt and step == case.steps // 2:
             engine = hand_over(engine, case, directory)
@@ -172,11 +174,11 @@ def hand_over(engine: Engine, case: Case, directory: Path) -> Engine:
     return engine
 
 
-def count_bytes(engine: Engine) -> int:
-    """Of weights that are alive in this process, whoever holds them."""
+def find_weights() -> dict[int, int]:
+    """Address and bytes of those that are alive in this process, whoever holds them."""
     gc.collect()
     held = [o for o in gc.get_objects() if type(o) is torch.nn.Parameter]
-    return sum({p.data_ptr(): p.nbytes for p in held}.values())
+    return {p.data_ptr(): p.nbytes for p in held}
 
 
 def diverge() -> dict[str, Any]:

@@ -91,6 +91,7 @@ def list_cases() -> dict[str, EngineConfig]:
     cases |= {f"zero{stage}": EngineConfig(zero_stage=stage) for stage in range(4)}  # type: ignore[arg-type]
     for name, config in list(cases.items()):
         cases[f"{name}-bfloat16"] = config.model_copy(update={"dtype": "bfloat16"})
+    cases["tensor"] = EngineConfig(zero_stage=1, tensor_parallel=2)
     del cases["zero2"]  # in float32 its optimizer is that of stage 1
     return cases
 

@@ -13,7 +13,7 @@ from raylign.config.decontamination import DecontaminateConfig, EvaluationSetCon
 from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.loading import ConfigError, change, load_recipe
-from raylign.config.model import ModelConfig
+from raylign.config.model import ModelConfig, RopeScalingConfig
 from raylign.config.preference import ComparisonConfig, PreferenceConfig, RewardModelConfig
 from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
 from raylign.config.recipe import RayConfig, Recipe
@@ -66,6 +66,7 @@ __all__ = [
     "RewardConfig",
     "RewardModelConfig",
     "RolloutConfig",
+    "RopeScalingConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "Section",

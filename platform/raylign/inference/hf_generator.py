@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from raylign.inference.generator import Sample, Sampling
-from raylign.models.loading import load_model, load_tokenizer
+from raylign.models.loading import list_stops, load_model, load_tokenizer
 from raylign.models.logprobs import score_tokens
 
 
@@ -68,7 +68,8 @@ class TransformersGenerator:
     @torch.no_grad()
     def _decode(self, prompts: torch.Tensor, sampling: Sampling) -> list[Sample]:
         """Token by token with a KV cache; rows that ended go on and are cut afterwards."""
-        eos = self._tokenizer.eos_token_id
+        stops = list_stops(self._model.config, self._tokenizer)
+        ending = torch.tensor(stops)
         stream = self._stream
         if sampling.seed is not None:
             stream = torch.Generator().manual_seed(sampling.seed)
@@ -85,25 +86,26 @@ class TransformersGenerator:
                 token = torch.multinomial(scores.exp(), 1, generator=stream)[:, 0]
             tokens.append(token)
             logprobs.append(scores.gather(1, token[:, None])[:, 0])
-            ended |= token == eos
+            ended |= torch.isin(token, ending)
             fed = token[:, None]
             if bool(ended.all()):
                 break
         return [
-            self._cut(ids, values, eos)
+            self._cut(ids, values, stops)
             for ids, values in zip(
                 torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).numpy(), strict=True
             )
         ]
 
-    def _cut(self, ids: list[int], logprobs: np.ndarray, eos: int) -> Sample:
-        length = ids.index(eos) + 1 if eos in ids else len(ids)
+    def _cut(self, ids: list[int], logprobs: np.ndarray, stops: tuple[int, ...]) -> Sample:
+        end = next((place for place, token in enumerate(ids) if token in stops), None)
+        length = len(ids) if end is None else end + 1
         return Sample(
             token_ids=tuple(ids[:length]),
             logprobs=logprobs[:length].astype(np.float32),
             versions=np.full(length, self.version, np.int32),
             text=self._tokenizer.decode(ids[:length], skip_special_tokens=True),
-            finish_reason="stop" if eos in ids else "length",
+            finish_reason="length" if end is None else "stop",
         )
 
     @torch.no_grad()

@@ -244,9 +244,8 @@ def configure(lm: PreTrainedModel, kind: PeftKind, config: AdapterConfig, seed: 
     """peft's configuration of a kind that adapts matrices."""
     from peft import LoHaConfig, LoraConfig, VeraConfig
 
-    targets = choose_targets(
-        lm, config.targets, (nn.Linear, Conv1D) if "lora" in kind else (nn.Linear,)
-    )
+    kinds = (nn.Linear,) if kind == "loha" else (nn.Linear, Conv1D)
+    targets = choose_targets(lm, config.targets, kinds)
     rank = config.rank or _RANKS.get(kind, _RANK)
     alpha = 2.0 * rank if config.alpha is None else config.alpha
     if kind == "vera":

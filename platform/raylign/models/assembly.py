@@ -13,7 +13,7 @@ from raylign.config.training import PeftKind
 from raylign.models.adapters import adapt
 from raylign.models.folding import require_foldable
 from raylign.models.heads import build_scorer
-from raylign.models.loading import DTYPES, initialise, load_model
+from raylign.models.loading import DTYPES, add_stops, initialise, load_model
 
 Head = Literal["language", "score", "steps"]
 
@@ -34,6 +34,8 @@ class ModelPlan:
     """What a saved adapter calls the model it adapts; the directory when not given."""
     dtype: str = "float32"
     """What the engine computes in: for frozen tensors that are not its to cast."""
+    stops: tuple[int, ...] = ()
+    """Tokens that texts of this stage end with, besides those that the model knows of."""
 
     def build(self) -> PreTrainedModel:
         """The model on the CPU in float32; of qlora where it is trained, in `dtype`.
@@ -61,6 +63,7 @@ class ModelPlan:
             return initialise(self.start, self.seed)
         if self.head == "language":
             lm = load_model(self.start, dtype)
+            add_stops(lm.config, self.stops)
         else:
             lm = build_scorer(self.start, self.head, self.seed)
             lm.to(DTYPES[dtype])

@@ -16,7 +16,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from raylign.models.enclosure import LOGIT_BYTES, over_pieces, project
+from raylign.models.enclosure import over_pieces, project
+from raylign.models.memory import LOGIT_BYTES
 from raylign.models.sequence import find_positions
 
 

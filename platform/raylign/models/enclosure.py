@@ -16,10 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-T = TypeVar("T")
+from raylign.models.memory import LOGIT_BYTES
 
-# Float32 logits held at once. Smaller pieces are recomputed in the backward pass.
-LOGIT_BYTES = 64 * 2**20
+T = TypeVar("T")
 
 
 class Enclosure(nn.Module):

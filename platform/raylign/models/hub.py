@@ -12,7 +12,8 @@ from raylign.run import content_hash, hash_json
 # org/name, and after an @ a branch, tag or commit.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Weights in the one format that runs no code when read, and what belongs to them.
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_WEIGHTS = "*.safetensors"
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _ELSEWHERE = ("*/*",)
 
 
@@ -21,11 +22,12 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def locate_model(name: str | Path, key: str = "model") -> Path:
+def locate_model(name: str | Path, key: str = "model", *, weights: bool = True) -> Path:
     """The directory of a model: `name` itself if there is one, else a snapshot from the hub.
 
-    A snapshot that was fetched before is used where the hub cannot be reached. Raises `UserError`,
-    which names `key`, when there is neither.
+    weights: whether those are needed, or no more than tokenizer and configuration. A snapshot that
+    was fetched before is used where the hub cannot be reached. Raises `UserError`, which names
+    `key`, when there is neither.
     """
 
     def fetch(repository: str, revision: str | None) -> str:
@@ -35,7 +37,7 @@ def locate_model(name: str | Path, key: str = "model") -> Path:
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=list(_FILES),
+                allow_patterns=[*_FILES, *[_WEIGHTS] * weights],
                 ignore_patterns=list(_ELSEWHERE),
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,25 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token, or `<eos>` where a tokenizer has none (padding is never attended to)."""
     chosen = tokenizer.pad_token_id
     return tokenizer.eos_token_id if chosen is None else chosen
+
+
+def list_stops(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens after which a text is over: the tokenizer's `<eos>`, and those of the model."""
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *_list_own_stops(config))))
+
+
+def add_stops(config: PreTrainedConfig, stops: Sequence[int]) -> None:
+    """Let texts end with `stops`, too, for every tool that reads the model's configuration."""
+    every = list(dict.fromkeys((*_list_own_stops(config), *stops)))
+    if len(every) > 1:
+        config.eos_token_id = every
+    elif every:
+        config.eos_token_id = every[0]
+
+
+def _list_own_stops(config: PreTrainedConfig) -> tuple[int, ...]:
+    own = config.eos_token_id
+    return () if own is None else (own,) if isinstance(own, int) else tuple(own)
 
 
 def save_model(

@@ -14,8 +14,8 @@ from raylign.config import EngineConfig
 from raylign.models.budget import Blueprint
 
 SIZES = {"float32": 4, "bfloat16": 2}
-LOGIT_PIECE = 64 * 2**20
-"""Bytes of float32 logits that are made at once."""
+LOGIT_BYTES = 64 * 2**20
+"""Float32 logits held at once; smaller pieces of them are made again in the backward pass."""
 # Logits, their exponentials and their gradient stand side by side.
 _LOGIT_COPIES = 3
 # Families whose attention is written out, so that its scores are kept.
@@ -120,4 +120,4 @@ def _keep(blueprint: Blueprint, engine: EngineConfig, length: int, isolate: bool
 def _hold_logits(blueprint: Blueprint, tokens: float) -> float:
     if blueprint.scores:
         return 4 * tokens * blueprint.scores
-    return min(LOGIT_PIECE, 4 * tokens * blueprint.vocab_size)
+    return min(LOGIT_BYTES, 4 * tokens * blueprint.vocab_size)

@@ -86,20 +86,13 @@ class DeepSpeedEngine:
         if self._stage == 3 and head is not None:
             # A language head's weight is used by bodies, outside the module that owns it.
             deepspeed.zero.register_external_parameter(enclosure, head.weight)
-        buffers = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
-        # The groups of an engine before this one: DeepSpeed would go on using them.
-        groups._release_process_group_references()
-        with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
-            self._deepspeed, *_ = deepspeed.initialize(
-                model=enclosure,
-                optimizer=client,
-                config=describe(config, model, 0.0 if self._stage == 0 else optimizer.clip),
-            )
+        self._deepspeed = _open_deepspeed(
+            enclosure,
+            client,
+            describe(config, model, 0.0 if self._stage == 0 else optimizer.clip),
+        )
         self.module: nn.Module = self._deepspeed
         self.device = torch.device(self._deepspeed.device)
-        for name, buffer in model.named_buffers():
-            if name in buffers:  # rotary frequencies, which it has cast to the weights' type
-                buffer.data = buffers[name].to(self.device)
         if topology.tensor > 1:
             self._tensor = groups.get_tensor_model_parallel_group()
             # It pickles the first inputs and compares them by ==, which arrays do not have.
@@ -199,6 +192,20 @@ class DeepSpeedEngine:
             require_finite(float(self._deepspeed.optimizer._global_grad_norm))
 
         client.register_step_pre_hook(check)
+
+
+def _open_deepspeed(
+    enclosure: Enclosure, client: torch.optim.Optimizer, settings: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    buffers = {name: b.clone() for name, b in enclosure.named_buffers() if b.is_floating_point()}
+    # The groups of an engine before this one: DeepSpeed would go on using them.
+    groups._release_process_group_references()
+    with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
+        engine, *_ = deepspeed.initialize(model=enclosure, optimizer=client, config=settings)
+    for name, buffer in enclosure.named_buffers():
+        if name in buffers:  # rotary frequencies, which it has cast to the weights' type
+            buffer.data = buffers[name].to(engine.device)
+    return engine
 
 
 def _ensure_process_group(timeout_s: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from raylign.models.loading import pad_id
+from raylign.models.loading import list_stops, pad_id
 from raylign.tracking import read_lines
 
 SAMPLES_FILE = "samples.jsonl"
@@ -32,7 +32,7 @@ class Sampler:
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(tokens, room),
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=list(list_stops(self._lm.config, self._tokenizer)),
             pad_token_id=pad_id(self._tokenizer),
         )
         output = self._lm.generate(
