@@ -134,6 +134,8 @@ def _parse_alpaca(row: Row) -> Dialogue:
             raise UnusableError("a `history` that is not a list of pairs")
         messages += _pair(*turn)
     question, more = row["instruction"], row.get("input")
+    if not isinstance(more, str | None):
+        raise UnusableError("an `input` that is not text")
     if isinstance(question, str) and isinstance(more, str) and more.strip():
         question = f"{question}\n\n{more}"
     return Dialogue([*messages, *_pair(question, row["output"])])
@@ -168,6 +170,8 @@ def _read_message(item: dict[str, Any]) -> Message:
     message = {name: value for name, value in item.items() if value is not None}
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
+        if not isinstance(speaker, str):
+            raise UnusableError("a message whose speaker is not text")
         content = message.pop("value", None)
         if speaker in _CALLERS:
             return {"role": "assistant", "content": "", "tool_calls": read_calls(content)}
@@ -218,6 +222,8 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UnusableError("`tools` that are not a JSON list of objects")
+    if not all(isinstance(tool.get("function", {}), dict) for tool in value):
+        raise UnusableError("a tool whose function is not a JSON object")
     return [tool if "function" in tool else _wrap(tool) for tool in value]
 
 

@@ -166,6 +166,8 @@ def _parse_steps(row: Row) -> Reasoning:
     prompt, steps, labels = row["prompt"], row["completions"], row["labels"]
     if not isinstance(prompt, str):
         prompt = _read_prompt(prompt, "prompt")
+    elif not prompt.strip():
+        raise UnusableError("an empty `prompt`")
     if not isinstance(steps, list) or not isinstance(labels, list) or not steps:
         raise UnusableError("`completions` or `labels` that are not a list")
     if len(steps) != len(labels):
