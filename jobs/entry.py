@@ -15,7 +15,16 @@ from typing import Any, NoReturn, TypeVar
 
 from raylign.config import Recipe, Section, UserError, load_recipe
 from raylign.models.hub import identify_model, locate_model
-from raylign.run import Draft, Run, Stage, content_hash, fingerprint
+from raylign.run import (
+    Draft,
+    Keeping,
+    Run,
+    Stage,
+    content_hash,
+    describe_difference,
+    fingerprint,
+    list_contents,
+)
 from raylign.runtime import configure, connect, disconnect, in_submitted_job, is_full
 from raylign.tracking import ProgressBoard
 
@@ -90,25 +99,62 @@ def main(name: str, job: Job, options: Mapping[str, Callable[..., None]] | None 
 
 
 def open_run(recipe: Recipe) -> Run:
-    """The recipe's run directory, with the stages that `redo` names discarded."""
+    """The recipe's run directory, without the stage that `redo` names and all made from it."""
     if in_submitted_job() and not recipe.run.is_absolute():
         raise UserError(
             f"run={recipe.run}: a submitted job starts in a temporary copy of the code; "
             "give an absolute path on storage that every node sees"
         )
-    run = Run(recipe.run)
+    run = Run(recipe.run, recipe.redo)
     if recipe.redo is not None:
         if recipe.redo not in STAGES:
             raise UserError(f"redo={recipe.redo}: not a stage; choose from {', '.join(STAGES)}")
         try:
-            for stage in STAGES[STAGES.index(recipe.redo) :]:
+            finished, unfinished = follow(run, recipe.redo)
+            # The last first: of those left by a kill, it is still known what they were made from.
+            for stage in reversed(finished):
                 run.discard(stage)
+            for stage in unfinished:
+                run.abandon(stage)
         except OSError as error:
             raise UserError(
                 f"redo={recipe.redo}: {run.root} cannot be changed ({error.strerror}); make it "
                 "writable, or choose another run=..."
             ) from None
     return run
+
+
+def follow(run: Run, first: str) -> tuple[list[str], list[str]]:
+    """Stages that were made from `first`, itself included, and unfinished ones that are being.
+
+    A damaged stage does not say what it was made from: it counts when it comes later, and so do all
+    later ones when `first` itself is damaged.
+    """
+    later = STAGES[STAGES.index(first) :]
+    found: dict[str, Stage] = {}
+    damaged = []
+    for name in STAGES:
+        try:
+            stage = run.find(name)
+        except UserError:
+            damaged.append(name)
+            continue
+        if stage is not None:
+            found[name] = stage
+    if first in damaged:
+        return list(later), []
+    doomed = {first, *(name for name in damaged if name in later)}
+    lost = list_contents(found[first]) if first in found else set()
+    while made := [
+        name
+        for name, stage in found.items()
+        if name not in doomed and not lost.isdisjoint(stage.manifest.parents.values())
+    ]:
+        for name in made:
+            doomed.add(name)
+            lost |= list_contents(found[name])
+    begun = [name for name in STAGES if not lost.isdisjoint(run.begun_from(name).values())]
+    return [name for name in STAGES if name in doomed], begun
 
 
 def section(recipe: Recipe, name: str, kind: type[T]) -> T:
@@ -168,47 +214,32 @@ def perform(
     board: ProgressBoard,
     build: Callable[[Draft], None],
     resume: bool = False,
+    keeping: Keeping | None = None,
 ) -> Stage:
     """Build stage `name` on Ray, or find it finished with the same settings and parents.
 
     With `resume`, a stage that was interrupted continues with what it had finished. Raises
-    `UserError` when it is finished with others: nothing is overwritten unasked.
+    `UserError` when it is finished with others, or unfinished with what `keeping` does not give up:
+    nothing is overwritten unasked.
     """
     done = run.find(name)
     if done is not None:
         if done.manifest.fingerprint == fingerprint(settings, parents):
+            run.tidy(name)
             board.say(f"[green]✓[/] {name}: already done ({done.path})")
             return done
+        old = {"settings": done.manifest.settings, "parents": done.manifest.parents}
+        difference = describe_difference(old, {"settings": settings, "parents": parents})
         raise UserError(
-            f"stage {name!r} in {run.root} was made with {_difference(done, settings, parents)}; "
-            f"choose another run=..., or redo={name} to discard it and what follows"
+            f"stage {name!r} in {run.root} was made with {difference}; choose another run=..., or "
+            f"redo={name} to discard it and all that were made from it"
         )
     connect()
-    with run.write(name, settings, parents, resume) as draft:
+    with run.write(name, settings, parents, resume, keeping) as draft:
         build(draft)
     finished = run.require(name, name)
     board.say(f"[green]✓[/] {name}: done in {finished.manifest.seconds:.0f} s ({finished.path})")
     return finished
-
-
-def _difference(done: Stage, settings: Mapping[str, Any], parents: Mapping[str, str]) -> str:
-    old, new = _flatten(done.manifest.settings), _flatten(settings)
-    for key in sorted(old.keys() | new.keys()):
-        if str(old.get(key)) != str(new.get(key)):
-            return f"{key}={old.get(key)}, not {new.get(key)}"
-    changed = [k for k, v in parents.items() if done.manifest.parents.get(k) != v]
-    return f"another {', '.join(changed) or 'input'}"
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {prefix.rstrip("."): value}
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flatten(item, f"{prefix}{name}.")
-    return flat
 
 
 def _interrupt(*_: object) -> None:

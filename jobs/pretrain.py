@@ -19,7 +19,8 @@ if __name__ == "__main__":  # a plan needs nothing of what follows
 from rich.markup import escape
 from transformers import PreTrainedConfig
 
-from jobs.entry import locate, locate_start, main, perform, section
+from jobs.entry import locate, locate_start, main, section
+from jobs.intent import perform_training
 from raylign.config import ModelConfig, PretrainConfig, Recipe, TrainingConfig, UserError
 from raylign.data.packing import PackedShards
 from raylign.models.assembly import Head, ModelPlan
@@ -78,8 +79,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
             draft.summary.update(train(task, config.workers, bar))
         show(draft, board)
 
-    settings = {"pretrain": config.model_dump(mode="json"), "seed": recipe.seed}
-    perform(run, "pretrain", settings, parents, board, build, config.checkpoints.resume == "auto")
+    perform_training(run, "pretrain", config, recipe.seed, parents, board, build)
 
 
 def choose_model(
@@ -152,6 +152,7 @@ def plan(
         schedule=config.schedule,
         engine=config.engine,
         threads=config.workers.threads,
+        checkpoints=config.checkpoints,
         prompts=tuple((text, tuple(ids)) for text, ids in prompts),
         sample_tokens=config.sample_tokens,
     )

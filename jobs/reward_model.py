@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs import comparisons
 from jobs.comparisons import ROWS, Source, check, locate_data, prepare_rows, print_examples
-from jobs.entry import locate_start, locate_tokenizer, main, perform, section
+from jobs.entry import locate_start, locate_tokenizer, main, section
+from jobs.intent import perform_training
 from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, RewardModelConfig
 from raylign.data.preferences import Kind
@@ -56,8 +57,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         show(draft, board)
         comparisons.show(draft, board)
 
-    settings = {STAGE: config.model_dump(mode="json"), "seed": recipe.seed}
-    perform(run, STAGE, settings, parents, board, build, config.checkpoints.resume == "auto")
+    perform_training(run, STAGE, config, recipe.seed, parents, board, build)
 
 
 def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -101,6 +101,7 @@ def plan(
         schedule=config.schedule,
         engine=config.engine,
         threads=config.workers.threads,
+        checkpoints=config.checkpoints,
         prompts=(),
         sample_tokens=1,
     )

@@ -24,8 +24,9 @@ if __name__ == "__main__":  # a plan needs nothing of what follows
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from jobs.entry import locate, locate_start, locate_tokenizer, main, perform, section
+from jobs.entry import locate, locate_start, locate_tokenizer, main, section
 from jobs.examples import print_examples
+from jobs.intent import perform_training
 from jobs.pretrain import count_steps, plan_model, show
 from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import (
@@ -67,8 +68,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
             draft.summary.update(train(task, config.workers, bar))
         show(draft, board)
 
-    settings = {"sft": config.model_dump(mode="json"), "seed": recipe.seed}
-    perform(run, "sft", settings, parents, board, build, config.checkpoints.resume == "auto")
+    perform_training(run, "sft", config, recipe.seed, parents, board, build)
 
 
 def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -234,6 +234,7 @@ def plan(
         schedule=config.schedule,
         engine=config.engine,
         threads=config.workers.threads,
+        checkpoints=config.checkpoints,
         prompts=tuple((text, _ask(text, tokenizer)) for text in config.sample_prompts),
         sample_tokens=config.sample_tokens,
     )

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from raylign.config import UserError
-from raylign.run import Run, content_hash, fingerprint, hash_json, verify, write_json
+from raylign.run import (
+    INTENT,
+    Keeping,
+    Run,
+    content_hash,
+    fingerprint,
+    hash_json,
+    list_contents,
+    verify,
+    write_json,
+)
 
 # Writes stage `s` once for each call into the file system that writing makes, and dies by SIGKILL
 # at that call; says after each death what a reader finds, and whether a rerun completes.
@@ -247,3 +257,91 @@ def test_another_intent_starts_from_nothing(tmp_path: Path, second: dict[str, in
         (draft.path / "other").write_text("2")
     stage = run.find("s")
     assert stage is not None and set(stage.manifest.files) == {"other"}
+
+
+def begin(run: Run, parents: dict[str, str], **settings: object) -> Path:
+    """A stage that was killed after its first checkpoint; `workers` does not count."""
+    with (
+        pytest.raises(RuntimeError),
+        run.write("s", settings, parents, True, keep(settings)) as draft,
+    ):
+        (draft.path / ".checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+        raise RuntimeError
+    return draft.path
+
+
+def keep(settings: dict[str, object]) -> Keeping:
+    counted = {"s": {k: v for k, v in settings.items() if k != "workers"}}
+    return Keeping(counted, (".checkpoints/step-*",), "checkpoints", "redo=s or s.resume=never")
+
+
+def test_what_does_not_count_may_change_before_a_stage_is_finished(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    path = begin(run, {"model": "m0"}, lr=0.1, workers=2)
+    settings = {"lr": 0.1, "workers": 4}
+    with run.write("s", settings, {"model": "m0"}, True, keep(settings)):
+        assert (path / ".checkpoints" / "step-1").exists()
+    assert run.require("s", "").manifest.settings == settings, "what it was finished with"
+
+
+@pytest.mark.parametrize(
+    ("lr", "model", "said"),
+    [(0.2, "m0", "begun with s.lr=0.1, not 0.2, and"), (0.1, "m1", "begun with another model, ")],
+)
+def test_checkpoints_of_other_settings_are_not_removed_unasked(
+    tmp_path: Path, lr: float, model: str, said: str
+) -> None:
+    begun = begin(Run(tmp_path), {"model": "m0"}, lr=0.1)
+    settings = {"lr": lr}
+    with (
+        pytest.raises(UserError, match=r"\(checkpoints: 1\).*redo=s or s.resume") as caught,
+        Run(tmp_path).write("s", settings, {"model": model}, True, keep(settings)),
+    ):
+        pass
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert (begun / ".checkpoints" / "step-1").exists()
+    # The settings are still known: the same ones go on, and others are told apart again.
+    assert begin(Run(tmp_path), {"model": "m0"}, lr=0.1) == begun
+    # Whoever asks for it begins again: by `redo`, or by not resuming.
+    with Run(tmp_path, "s").write("s", settings, {"model": model}, True, keep(settings)):
+        assert not (begun / ".checkpoints").exists()
+    begun = begin(Run(tmp_path / "never"), {}, lr=0.1)
+    with Run(tmp_path / "never").write("s", settings, {}, False, keep(settings)):
+        assert not (begun / ".checkpoints").exists()
+
+
+def test_redo_goes_on_after_its_own_interrupt(tmp_path: Path) -> None:
+    begun = begin(Run(tmp_path), {}, lr=0.1)
+    with Run(tmp_path, "s").write("s", {"lr": 0.1}, {}, True, keep({"lr": 0.1})):
+        assert (begun / ".checkpoints" / "step-1").exists()
+
+
+def test_an_attempt_without_checkpoints_gives_way(tmp_path: Path) -> None:
+    begun = begin(Run(tmp_path), {}, lr=0.1)
+    (begun / ".checkpoints" / "step-1").rmdir()
+    with Run(tmp_path).write("s", {"lr": 0.2}, {}, True, keep({"lr": 0.2})):
+        assert not (begun / ".checkpoints").exists()
+
+
+@pytest.mark.parametrize("text", ["0123abcd", "{}", "[]", '{"settings": 1}'])
+def test_an_unreadable_intent_loses_nothing(tmp_path: Path, text: str) -> None:
+    begun = begin(Run(tmp_path), {}, lr=0.1)
+    (begun / INTENT).write_text(text)
+    assert Run(tmp_path).begun_from("s") == {}
+    with (
+        pytest.raises(UserError, match="begun with unknown settings"),
+        Run(tmp_path).write("s", {"lr": 0.1}, {}, True, keep({"lr": 0.1})),
+    ):
+        pass
+    assert (begun / ".checkpoints" / "step-1").exists()
+
+
+def test_a_stage_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.write("s", {}, {}) as draft:
+        (draft.path / "model" / "deep").mkdir(parents=True)
+        for name in ("top", "model/a", "model/deep/b"):
+            (draft.path / name).write_text(name)
+    stage = run.require("s", "")
+    places = (".", "top", "model", "model/a", "model/deep", "model/deep/b")
+    assert list_contents(stage) == {content_hash(stage.path / place) for place in places}

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs.entry import STAGES, _difference, locate, locate_start, open_run, perform, section
+from jobs.entry import STAGES, locate, locate_start, open_run, perform, section
 from raylign.config import AlignConfig, Recipe, SftConfig, UserError
-from raylign.run import Draft, Run, content_hash
+from raylign.run import INTENT, Draft, Run, content_hash, describe_difference
 from raylign.tracking import ProgressBoard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,19 +197,106 @@ def test_a_stage_of_other_making_is_not_overwritten(
     assert calls == ["sft"]
 
 
-def test_redo_discards_a_stage_and_what_follows(
+def make_journey(run: Run, board: ProgressBoard) -> None:
+    """From a corpus to a report, each stage of those before it, and a search beside fine-tuning."""
+    made_from = {
+        "corpus": (),
+        "pretrain": ("corpus",),
+        "sft": ("pretrain",),
+        "tune": ("pretrain",),
+        "merge": (),  # of the directory of weights inside `sft`
+        "align": ("sft", "corpus"),
+        "report": ("corpus", "pretrain", "sft", "align"),
+    }
+    for name, parents in made_from.items():
+        contents = {parent: run.require(parent, "").manifest.content for parent in parents}
+        if name == "merge":
+            contents = {"adapter": content_hash(run.root / "sft" / "adapter")}
+
+        def write(draft: Draft, name: str = name) -> None:
+            (draft.path / "adapter").mkdir()
+            (draft.path / "adapter" / "weights").write_text(name)
+
+        perform(run, name, {"name": name}, contents, board, write)
+
+
+@pytest.mark.parametrize(
+    ("redo", "gone"),
+    [
+        ("align", {"align", "report"}),
+        ("sft", {"sft", "merge", "align", "report"}),
+        ("tune", {"tune"}),
+        ("corpus", {"corpus", "pretrain", "sft", "tune", "merge", "align", "report"}),
+        ("shards", set()),
+    ],
+)
+def test_redo_discards_a_stage_and_all_made_from_it(
+    ray_cluster: None, board: ProgressBoard, tmp_path: Path, redo: str, gone: set[str]
+) -> None:
+    make_journey(Run(tmp_path), board)
+    before = {name for name in STAGES if Run(tmp_path).find(name)}
+    run = open_run(Recipe(run=tmp_path, redo=redo))
+    assert before - {name for name in STAGES if run.find(name)} == gone
+    make_journey(run, board)
+    assert {name for name in STAGES if run.find(name)} == before
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kept"),
+    [
+        ("sft", {"corpus", "pretrain"}),  # who was made from it is not known
+        ("align", {"corpus", "pretrain", "tune"}),
+        ("corpus", {"pretrain", "tune"}),  # comes before, and nobody asked for it
+    ],
+)
+def test_redo_with_a_damaged_stage_goes_by_the_order(
+    ray_cluster: None, board: ProgressBoard, tmp_path: Path, damaged: str, kept: set[str]
+) -> None:
+    make_journey(Run(tmp_path), board)
+    (tmp_path / damaged / "manifest.json").write_text("{")
+    run = open_run(Recipe(run=tmp_path, redo="sft"))
+    there = {name for name in STAGES if (tmp_path / name).exists()}
+    assert there == kept | ({damaged} if damaged == "corpus" else set())
+    assert run.find("pretrain")
+
+
+def interrupt(run: Run, board: ProgressBoard, parents: dict[str, str]) -> Path:
+    """An unfinished `align`; its draft."""
+
+    def write(draft: Draft) -> None:
+        (draft.path / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        perform(run, "align", {}, parents, board, write, resume=True)
+    return run.root / ".align.partial"
+
+
+def test_redo_discards_what_is_being_made_from_it(
     ray_cluster: None, board: ProgressBoard, tmp_path: Path
 ) -> None:
     calls: list[str] = []
-    for name in STAGES:
+    for name in ("pretrain", "sft"):
         build(Run(tmp_path), board, calls, name)
-    run = open_run(Recipe(run=tmp_path, redo="align"))
-    kept = STAGES[: STAGES.index("align")]
-    assert tuple(name for name in STAGES if run.find(name)) == kept
-    calls.clear()
-    for name in STAGES:
-        build(run, board, calls, name)
-    assert tuple(calls) == STAGES[len(kept) :]
+    draft = interrupt(
+        Run(tmp_path), board, {"model": Run(tmp_path).require("sft", "").manifest.content}
+    )
+    open_run(Recipe(run=tmp_path, redo="pretrain"))
+    assert (draft / INTENT).exists() and (draft / "half").exists()
+    open_run(Recipe(run=tmp_path, redo="sft"))
+    assert not draft.exists()
+
+
+def test_what_a_kill_left_in_a_finished_stage_goes(
+    ray_cluster: None, board: ProgressBoard, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    build(Run(tmp_path), board, calls)
+    (tmp_path / "sft" / ".checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "sft" / ".intent").write_text("{}")
+    build(Run(tmp_path), board, calls)
+    assert calls == ["sft"]
+    assert {path.name for path in (tmp_path / "sft").iterdir()} == {"manifest.json", "model"}
 
 
 def test_a_submitted_job_needs_storage_that_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,11 +350,12 @@ def test_a_run_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
     assert run.find("shards")
 
 
-def test_of_a_list_the_element_that_differs_is_named(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    with run.write("documents", {"sources": [{"kind": "pydoc"}, {"kind": "text", "limit": 3}]}, {}):
-        pass
-    done = run.require("documents", "prepare")
-    new = {"sources": [{"kind": "pydoc"}, {"kind": "text", "limit": 4}]}
-    assert _difference(done, new, {}) == "sources.1.limit=3, not 4"
-    assert _difference(done, {"sources": new["sources"][:1]}, {}).startswith("sources.1.kind=text")
+def test_of_a_list_the_element_that_differs_is_named() -> None:
+    sources = [{"kind": "pydoc"}, {"kind": "text", "limit": 3}]
+    old = {"settings": {"sources": sources}, "parents": {}}
+
+    def say(sources: list[dict]) -> str:
+        return describe_difference(old, {"settings": {"sources": sources}, "parents": {}})
+
+    assert say([sources[0], {"kind": "text", "limit": 4}]) == "sources.1.limit=3, not 4"
+    assert say(sources[:1]).startswith("sources.1.kind=text")

@@ -35,7 +35,7 @@ class Recipe(Section):
     """The one seed of corpus, tokenizer, initial weights, data order and sampling."""
     ray: RayConfig = RayConfig()
     redo: str | None = None
-    """Discard this stage and everything after it, and do them again."""
+    """Discard this stage and all that were made from it, and do them again."""
     synthesise: SynthesiseConfig | None = None
     classifier: ClassifierConfig | None = None
     prepare: PrepareConfig | None = None
