@@ -244,6 +244,7 @@ def run_case(given: Case) -> dict[str, Any]:
         name: tensor.float().clone() for name, tensor in engine.exportable().items()
     }
     found["config"] = engine.lm.config.to_dict(), engine.lm.config._attn_implementation
+    found["buffers"] = {b.dtype for b in engine.lm.buffers() if b.is_floating_point()}
     if given.poisoned:
         last = engine.rank == engine.world_size - 1
         found["kept"] = read_memory(engine)

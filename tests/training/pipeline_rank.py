@@ -155,6 +155,7 @@ def run_case(case: Case, directory: Path) -> dict[str, Any]:
     total, count = engine.sum(sums["loss"]).tolist()
     found["measured"] = total / count
     found["weights"] = {name: t.float().clone() for name, t in engine.weights().items()}
+    found["buffers"] = {b.dtype for b in engine.lm.buffers() if b.is_floating_point()}
     if not engine.whole:
         found["owned"] = {
             fragment.name: {kind: t.clone() for kind, t in fragment.tensors.items()}

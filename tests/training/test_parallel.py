@@ -2,7 +2,7 @@
 
 Tolerances: over twenty float32 steps with clipped gradients, losses and gradient norms within 2e-6
 of the single process, and weights and log-probs within 1e-6 and 2e-6; the largest differences seen
-are 6e-7, 3e-7, 2e-7 and 5e-7.
+are 9e-7, 7e-7, 2e-7 and 1e-6.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
         for world in WORLDS
         for rank in range(world)
     }
-    assert not [line for line in run.stdout.splitlines() if "kernels" not in line], run.stdout
+    assert run.stdout == ""
     return {
         name: [files[world, rank][name] for rank in range(world)] for name, world in CASES.items()
     }
@@ -104,6 +104,7 @@ def test_bfloat16_follows_float32(
         steps = len(rank["losses"])
         assert rank["losses"] == pytest.approx(references["whole"]["losses"][:steps], abs=3e-2)
         assert rank["norms"] == pytest.approx(references["whole"]["norms"][:steps], rel=5e-2)
+        assert rank["buffers"] == {torch.float32}, "rotary frequencies"
 
 
 @pytest.mark.parametrize("case", POISONED)

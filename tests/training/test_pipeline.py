@@ -120,6 +120,7 @@ def test_bfloat16_follows_float32(ranks: Found, alone: Any, name: str) -> None:
         assert found["losses"] == pytest.approx(reference["losses"], abs=3e-2)
         assert found["norms"] == pytest.approx(reference["norms"], rel=0.1)
         assert all(t.dtype == torch.bfloat16 for t in found["held"].values())
+        assert found["buffers"] == {torch.float32}, "rotary frequencies"
         owned = [t for tensors in found["owned"].values() for t in tensors.values()]
         assert owned and all(t.dtype == torch.float32 for t in owned)
 

@@ -130,12 +130,19 @@ def name_kind(parameter: str) -> str:
     return parts[-2] if parts[0] != NAME else NAME
 
 
+def find_tuner() -> Any:
+    """The class of peft's adapted matrices."""
+    quieten()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return BaseTunerLayer
+
+
 @contextmanager
 def without_adapter(lm: nn.Module) -> Iterator[None]:
     """Inside, `lm` computes what it did before it was adapted."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    tuner = find_tuner()
+    layers = [module for module in lm.modules() if isinstance(module, tuner)]
     tokens = [module for module in lm.modules() if isinstance(module, VirtualTokens)]
     # peft's own switch also changes which parameters require a gradient, which wrappers rely on.
     for layer in layers:
@@ -242,9 +249,16 @@ def _install(
 
 def configure(lm: PreTrainedModel, kind: PeftKind, config: AdapterConfig, seed: int) -> Any:
     """peft's configuration of a kind that adapts matrices."""
+    quieten()
     from peft import LoHaConfig, LoraConfig, VeraConfig
 
     kinds = (nn.Linear,) if kind == "loha" else (nn.Linear, Conv1D)
+    found = {type(module) for module in lm.get_decoder().modules()}
+    if not any(issubclass(each, kinds) for each in found):
+        raise UserError(
+            f"peft={kind}: peft has no {kind} for the matrices of a {lm.config.model_type}; use "
+            "lora or dora"
+        )
     targets = choose_targets(lm, config.targets, kinds)
     rank = config.rank or _RANKS.get(kind, _RANK)
     alpha = 2.0 * rank if config.alpha is None else config.alpha
@@ -252,6 +266,7 @@ def configure(lm: PreTrainedModel, kind: PeftKind, config: AdapterConfig, seed: 
         return VeraConfig(
             r=rank,
             target_modules=targets,
+            fan_in_fan_out=Conv1D in found,
             vera_dropout=config.dropout,
             projection_prng_key=seed % 2**31,
         )
@@ -262,6 +277,7 @@ def configure(lm: PreTrainedModel, kind: PeftKind, config: AdapterConfig, seed: 
         lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        fan_in_fan_out=Conv1D in found,
         use_rslora=config.rs_lora,
         use_dora=kind == "dora",
     )
@@ -274,12 +290,11 @@ def choose_targets(
 
     Raises `UserError` for a name that no matrix of the decoder has.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    tuner = find_tuner()
     names = [
         name
         for name, module in lm.get_decoder().named_modules()
-        if isinstance(module, kinds) and not isinstance(module, BaseTunerLayer)
+        if isinstance(module, kinds) and not isinstance(module, tuner)
     ]
     families = {
         "all-linear": names,

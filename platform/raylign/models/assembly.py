@@ -14,6 +14,7 @@ from raylign.models.adapters import adapt
 from raylign.models.folding import require_foldable
 from raylign.models.heads import build_scorer
 from raylign.models.loading import DTYPES, add_stops, initialise, load_model
+from raylign.models.precision import narrow
 
 Head = Literal["language", "score", "steps"]
 
@@ -66,6 +67,6 @@ class ModelPlan:
             add_stops(lm.config, self.stops)
         else:
             lm = build_scorer(self.start, self.head, self.seed)
-            lm.to(DTYPES[dtype])
+            narrow(lm, DTYPES[dtype])
         require_foldable(lm)
         return lm

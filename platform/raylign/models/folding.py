@@ -17,10 +17,21 @@ from raylign.models.adapters import (
     CONFIG_FILE,
     QUANTIZATION_FILE,
     WEIGHTS_FILE,
+    find_tuner,
 )
 from raylign.models.hub import locate_model
+from raylign.models.precision import narrow
 from raylign.models.prompts import NAME, VirtualTokens
-from raylign.models.quantization import dequantize, is_quantized, quantize, quieten, read_weight
+from raylign.models.quantization import (
+    build_plain,
+    dequantize,
+    is_quantized,
+    is_transposed,
+    orient,
+    quantize,
+    quieten,
+    read_weight,
+)
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes partitioned parameters whole inside a block."""
@@ -46,9 +57,7 @@ def trained_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[s
 def _walk(
     module: nn.Module, prefix: str, gather: Gather | None, seen: set[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(module, BaseTunerLayer) or is_quantized(module):
+    if isinstance(module, find_tuner()) or is_quantized(module):
         parameters = list(module.parameters())
         with nullcontext() if gather is None else gather(parameters):
             weight, bias = fold(module)
@@ -77,7 +86,8 @@ def _read(parameter: nn.Parameter, gather: Gather | None) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of the plain matrix that computes what an adapted one does, without dropout.
+    """Weight and bias of the plain matrix that computes what an adapted one does, without dropout,
+    the weight as the plain module has it.
 
     float32 where base or adapter are. DoRA: every row of W + delta is scaled to its learned length
     (Liu et al., 2024, equation 5).
@@ -88,8 +98,12 @@ def fold(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         name = module.active_adapters[0]
         weight = weight + module.get_delta_weight(name)
         if name in getattr(module, "lora_magnitude_vector", {}):
-            lengths = torch.linalg.norm(weight, dim=1)
-            weight = weight * (module.lora_magnitude_vector[name].weight / lengths)[:, None]
+            outputs = 1 if is_transposed(base) and not is_quantized(base) else 0
+            lengths = torch.linalg.norm(weight, dim=1 - outputs, keepdim=True)
+            learned = module.lora_magnitude_vector[name].weight
+            weight = weight * (learned.unsqueeze(1 - outputs) / lengths)
+    if is_quantized(base):
+        weight = orient(base, weight)
     return weight, None if bias is None else bias.detach()
 
 
@@ -158,7 +172,7 @@ def attach_adapter(lm: PreTrainedModel, path: Path) -> PreTrainedModel:
     quieten()
     quantization = read_quantization(path)
     if quantization is not None:
-        lm.to(getattr(torch, quantization["dtype"]))
+        narrow(lm, getattr(torch, quantization["dtype"]))
         quantize(lm, quantization["type"])  # type: ignore[arg-type]
     if form["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING"):
         return _attach_tokens(lm, path, form)
@@ -178,16 +192,14 @@ def attach_adapter(lm: PreTrainedModel, path: Path) -> PreTrainedModel:
 def fold_into(lm: PreTrainedModel) -> PreTrainedModel:
     """`lm` itself, every adapted or quantised matrix replaced by a plain one. Raises `UserError`
     for virtual tokens."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     require_foldable(lm)
+    tuner = find_tuner()
     for name, module in list(lm.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, tuner):
             weight, bias = fold(module)
             base = module.get_base_layer()
             if is_quantized(base):
-                base = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-                base.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+                base = build_plain(base, weight, bias)
             base.weight = nn.Parameter(weight)
             place, _, child = name.rpartition(".")
             setattr(lm.get_submodule(place), child, base)

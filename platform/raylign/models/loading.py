@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raylign.config import UserError
 from raylign.models.folding import is_adapter, load_adapted, locate_base
+from raylign.models.precision import narrow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,7 +33,7 @@ def initialise(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A freshly initialised float32 model, the same to the bit for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _take_masks(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        return take_masks(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
@@ -44,7 +45,9 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
     """
     path = Path(path)
     if _is_adapter_alone(path):
-        return load_adapted(path, partial(load_model, dtype=dtype)).to(DTYPES[dtype])
+        adapted = load_adapted(path, partial(load_model, dtype=dtype))
+        narrow(adapted, DTYPES[dtype])
+        return adapted
     _require(path, "config.json", "a model")
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model {path} has no *.safetensors weights; save it in safetensors format")
@@ -64,7 +67,7 @@ def load_model(path: Path, dtype: str = "float32") -> PreTrainedModel:
             f"model {path} lacks {len(missing)} of its weights, such as {missing[0]}; "
             "copy the complete directory"
         )
-    return _take_masks(model)
+    return take_masks(model)
 
 
 def load_config(path: Path) -> PreTrainedConfig:
@@ -151,8 +154,9 @@ def save_model(
     tokenizer.save_pretrained(directory)
 
 
-def _take_masks(model: PreTrainedModel) -> PreTrainedModel:
-    """Attention that is written out adds its mask to the scores, and would take True for 1."""
+def take_masks(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` itself, which takes masks of True and False: attention that is written out adds its
+    mask to the scores, and would take True for 1."""
     if model.config._attn_implementation == "eager":
         model.get_decoder().register_forward_pre_hook(_make_addend, with_kwargs=True)
     return model
@@ -162,11 +166,16 @@ def _make_addend(
     decoder: PreTrainedModel, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = inputs.get("attention_mask")
-    if mask is None or mask.dtype != torch.bool or mask.ndim != 4:
-        return args, inputs
-    addend = torch.zeros_like(mask, dtype=decoder.dtype)
-    addend.masked_fill_(~mask, torch.finfo(decoder.dtype).min)
-    return args, inputs | {"attention_mask": addend}
+
+    def add(mask: Any) -> Any:
+        if mask is None or mask.dtype != torch.bool or mask.ndim != 4:
+            return mask
+        addend = torch.zeros_like(mask, dtype=decoder.dtype)
+        return addend.masked_fill_(~mask, torch.finfo(decoder.dtype).min)
+
+    if isinstance(mask, dict):  # of each kind of layer
+        return args, inputs | {"attention_mask": {kind: add(one) for kind, one in mask.items()}}
+    return args, inputs if mask is None else inputs | {"attention_mask": add(mask)}
 
 
 def _is_adapter_alone(path: Path) -> bool:

@@ -18,6 +18,7 @@ from raylign.models.folding import (
 )
 from raylign.models.heads import build_scorer
 from raylign.models.loading import DTYPES, load_config, load_model, load_tokenizer, save_model
+from raylign.models.precision import narrow
 
 _FOLDABLE = ("LORA", "VERA", "LOHA", "LOKR")
 _HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "steps"}
@@ -74,7 +75,7 @@ def merge_adapter(adapter: Path, base: Path, output: Path, dtype: str | None) ->
             f"the largest is {largest:.1f}"
         )
     own = load_config(base).dtype
-    lm.to(DTYPES[dtype] if dtype else own if isinstance(own, torch.dtype) else torch.float32)
+    narrow(lm, DTYPES[dtype] if dtype else own if isinstance(own, torch.dtype) else torch.float32)
     stored = float((_compute(lm, tokens) - adapted).abs().max())
     source = adapter if (adapter / "tokenizer_config.json").is_file() else base
     save_model(lm, lm.config, load_tokenizer(source), output)

@@ -119,14 +119,6 @@ def build_engine(
     return DeepSpeedEngine(config, model, optimizer)
 
 
-def narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights and leave buffers alone: rotary frequencies in bfloat16 would turn a token
-    500 places on by up to a radian too much or too little."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-
-
 def require_finite(norm: float) -> None:
     """Raises `DivergenceError` unless a gradient's norm is a number; DeepSpeed says -1 for none."""
     if not math.isfinite(norm) or norm < 0:

@@ -25,8 +25,9 @@ from raylign.config import EngineConfig, OptimizerConfig, UserError
 from raylign.models.adapters import find_adaptation
 from raylign.models.folding import plain_weights, trained_weights
 from raylign.models.loading import DTYPES
+from raylign.models.precision import narrow
 from raylign.runtime import derive_seed
-from raylign.training.engine import build_optimizer, narrow, require_finite, set_rate
+from raylign.training.engine import build_optimizer, require_finite, set_rate
 from raylign.training.fragments import Fragment, StoredState, fill_shards, list_whole, read_shards
 from raylign.training.pipeline_link import Link, Shape
 from raylign.training.pipeline_schedule import run_forward_backward

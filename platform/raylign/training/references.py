@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from raylign.models.loading import load_model
+from raylign.models.precision import narrow
 from raylign.training.compared_rows import ComparedFile, ComparisonBatch
 from raylign.training.engine import Engine
 from raylign.training.objectives import embed_batch
@@ -93,7 +94,8 @@ def _choose_measure(
     if reference.policy is None:
         return lambda batch: engine.measure([batch], function)
     policy = load_model(reference.policy).eval().requires_grad_(False)
-    policy = policy.to(engine.device, next(engine.lm.parameters()).dtype)
+    policy.to(engine.device)
+    narrow(policy, next(engine.lm.parameters()).dtype)
 
     @torch.no_grad()
     def measure(batch: ComparisonBatch) -> Sums:
