@@ -100,12 +100,3 @@ def test_nothing_to_score_is_no_error(model: PreTrainedModel, tokens: torch.Tens
 def test_greedy_choices_have_no_density(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="temperature must be positive"):
         score_tokens(model, tokens, temperature=0.0)
-
-
-def test_heads_that_bend_their_logits_are_refused(tokens: torch.Tensor) -> None:
-    config = build_config(
-        ModelConfig(hidden_size=16, layers=1, ffn_size=16), 23, pad_id=0, eos_id=1
-    )
-    config.final_logit_softcapping = 30.0
-    with pytest.raises(NotImplementedError, match="final_logit_softcapping"):
-        score_tokens(initialise(config, 0), tokens)

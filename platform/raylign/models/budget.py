@@ -131,7 +131,8 @@ def count_adapter(
 ) -> int:
     """Trainable numbers when `kind` adapts the model; all of them for `none`.
 
-    Raises `UserError`, which names `key`, for a target that the model does not have.
+    Raises `UserError`, which names `key`, for a target that the model does not have, or a kind that
+    does not work on its matrices.
     """
     if kind == "none":
         return blueprint.total
@@ -140,6 +141,11 @@ def count_adapter(
         if kind == "prompt":
             return length * blueprint.width
         return length * blueprint.layers * 2 * blueprint.kv_heads * blueprint.head_size
+    if kind == "loha" and blueprint.model_type == "gpt2":
+        raise UserError(
+            f"{key}: peft has no loha for the matrices of a {blueprint.model_type}; use lora or "
+            "dora"
+        )
     rank = adapter.rank or {"vera": 64, "loha": 8}.get(kind, 16)
     times = _choose(blueprint, adapter.targets, key)
     return sum(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from raylign.models.enclosure import over_pieces, project
+from raylign.models.enclosure import is_bent, over_pieces, project
 from raylign.models.memory import LOGIT_BYTES
 from raylign.models.sequence import find_positions
 
@@ -38,7 +38,7 @@ def _sum_costs(
     lm: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, piece: int | None
 ) -> torch.Tensor:
     head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or is_bent(lm.config):
         return -_score_targets(lm, states, targets, 1.0, False, piece)[0].sum()
     piece = piece or choose_piece(head.out_features)
     learning = torch.is_grad_enabled()
@@ -74,14 +74,14 @@ def _score_targets(
     piece: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     head = lm.get_output_embeddings()
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear and not is_bent(lm.config):
         piece = piece or choose_piece(head.out_features)
         learning = torch.is_grad_enabled()
         return _Scores.apply(
             states, head.weight, head.bias, targets, temperature, entropies, piece, learning
         )
 
-    # A head with an adapter, or a share of one: by its module.
+    # A head with an adapter, or a share of one: by its module. Bent logits: by autograd.
     def score(some: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = torch.log_softmax(project(lm, some) / temperature, dim=-1)
         chosen = logprobs.gather(1, wanted[:, None])[:, 0]

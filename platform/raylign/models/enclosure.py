@@ -16,9 +16,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from raylign.config import UserError
 from raylign.models.memory import LOGIT_BYTES
+from raylign.models.windows import narrow_mask
 
 T = TypeVar("T")
+
+# Keys by which further families change their logits, in ways that `bend` does not know.
+_UNKNOWN = ("logits_soft_cap", "output_logit_soft_cap", "lm_head_multiplier", "output_multiplier")
 
 
 class Enclosure(nn.Module):
@@ -49,10 +54,13 @@ def run_inside(module: nn.Module, body: Callable[..., T], *args: Any, **kwargs: 
 
 
 def embed_context(lm: PreTrainedModel, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Last hidden states [B, T, width] of `tokens` [B, T]; `inputs` go to the decoder."""
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(lm.config, name, None) not in (None, 1.0):
-            raise NotImplementedError(f"models whose config sets {name} transform their logits")
+    """Last hidden states [B, T, width] of `tokens` [B, T]; `inputs` go to the decoder.
+
+    An attention_mask is bool [B, 1, T, T]; layers that see a window only get it narrowed to that.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        inputs["attention_mask"] = narrow_mask(lm, mask, inputs.get("position_ids"))
     return lm.get_decoder()(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
 
 
@@ -64,8 +72,36 @@ def project(lm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """
     head = lm.get_output_embeddings()
     if type(head) is nn.Linear:
-        return nn.functional.linear(states, head.weight, head.bias).float()
-    return head(states).float()
+        return bend(lm.config, nn.functional.linear(states, head.weight, head.bias).float())
+    return bend(lm.config, head(states).float())
+
+
+def is_bent(config: PreTrainedConfig) -> bool:
+    """Whether logits are more than the head's product. Raises `UserError` for a family that changes
+    them in a way that is not known here."""
+    text = config.get_text_config()
+    known = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    for name in _UNKNOWN + ("logits_scaling",) * (not text.model_type.startswith("granite")):
+        if getattr(text, name, None) not in (None, 1.0):
+            raise UserError(
+                f"models of type {text.model_type} change their logits ({name} in config.json), in "
+                "a way that is not known here; choose another model"
+            )
+    return any(getattr(text, name, None) not in (None, 1.0) for name in known)
+
+
+def bend(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
+    """What some families do to their logits: a factor (Cohere), a divisor (Granite), and a bound,
+    cap * tanh(logits / cap) (Gemma 2)."""
+    if not is_bent(config):
+        return logits
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None)
+    logits = logits if scale is None else logits * scale
+    divisor = getattr(text, "logits_scaling", None)
+    logits = logits if divisor is None else logits / divisor
+    cap = getattr(text, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def over_pieces(

@@ -22,7 +22,13 @@ from transformers import (
 )
 
 from raylign.config import UserError
-from raylign.models.loading import load_config, load_model, load_tokenizer, pad_id
+from raylign.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_id,
+    take_masks,
+)
 
 _FACTORIES = {"score": AutoModelForSequenceClassification, "steps": AutoModelForTokenClassification}
 _LABELS = {"score": ("score",), "steps": ("wrong", "right")}
@@ -45,13 +51,14 @@ def build_scorer(start: Path, head: str, seed: int) -> PreTrainedModel:
         scorer: Any = kind(config)
     setattr(scorer, scorer.base_model_prefix, lm.get_decoder())
     width, labels = config.get_text_config().hidden_size, len(_LABELS[head])
-    linear = nn.Linear(width, labels, bias=scorer.score.bias is not None)
+    name = _name_head(scorer)
+    linear = nn.Linear(width, labels, bias=getattr(scorer, name).bias is not None)
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         linear.weight.normal_(0.0, 1 / math.sqrt(width + 1), generator=stream)
         if linear.bias is not None:
             linear.bias.zero_()
-    scorer.score = linear
+    setattr(scorer, name, linear)
     return scorer
 
 
@@ -94,8 +101,13 @@ def configure_scorer(config: PreTrainedConfig, head: str, pad: int) -> PreTraine
 
 def score_states(scorer: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Scores float32 [n] of hidden states [n, width]; of two labels, the log odds of the second."""
-    logits = scorer.score(states).float()
+    logits = getattr(scorer, _name_head(scorer))(states).float()
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
+def _name_head(scorer: PreTrainedModel) -> str:
+    """What the class calls its last matrix: `score`, or in older families `classifier`."""
+    return "score" if hasattr(scorer, "score") else "classifier"
 
 
 def _find_class(config: PreTrainedConfig, head: str, path: Path) -> Any:
@@ -113,7 +125,6 @@ def _load(kind: Any, path: Path) -> PreTrainedModel:
         model, report = kind.from_pretrained(
             path,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             local_files_only=True,
             output_loading_info=True,
         )
@@ -126,5 +137,4 @@ def _load(kind: Any, path: Path) -> PreTrainedModel:
             f"reward model {path} lacks {len(missing)} of its weights, such as {missing[0]}; copy "
             "the complete directory"
         )
-    scorer: PreTrainedModel = model
-    return scorer
+    return take_masks(model)

@@ -13,19 +13,29 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from raylign.config import UserError
 
 Quantization = Literal["nf4", "fp4", "int8"]
 
 
 def quantize(lm: PreTrainedModel, kind: Quantization) -> None:
     """Replace the decoder's matrices, in place, on the GPU if there is one; embeddings, norms and
-    heads stay as they are. 4-bit kinds quantise the block scales as well."""
+    heads stay as they are. 4-bit kinds quantise the block scales as well.
+
+    Raises `UserError` for a model whose decoder keeps its weights in no matrices of torch.
+    """
     device = _find_device()
     decoder = lm.get_decoder()
-    for name, module in list(decoder.named_modules()):
-        if type(module) is nn.Linear:
-            place, _, child = name.rpartition(".")
-            setattr(decoder.get_submodule(place), child, _quantize_linear(module, kind, device))
+    matrices = [(n, m) for n, m in decoder.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    if not matrices:
+        raise UserError(
+            f"peft=qlora: a {lm.config.model_type} has no matrices that can be quantised; use lora"
+        )
+    for name, module in matrices:
+        place, _, child = name.rpartition(".")
+        setattr(decoder.get_submodule(place), child, _quantize_matrix(module, kind, device))
     if device.type != "cpu":
         lm.to(device)
     # By these peft knows which of its layers to wrap around ours.
@@ -37,16 +47,35 @@ def dequantize(lm: PreTrainedModel) -> None:
     for name, module in list(lm.named_modules()):
         if is_quantized(module):
             place, _, child = name.rpartition(".")
-            weight = read_weight(module)
-            linear = nn.Linear(
-                weight.shape[1], weight.shape[0], module.bias is not None, device="meta"
-            )
-            linear.weight = nn.Parameter(weight)
-            linear.bias = module.bias
-            setattr(lm.get_submodule(place), child, linear)
+            plain = build_plain(module, orient(module, read_weight(module)), module.bias)
+            setattr(lm.get_submodule(place), child, plain)
     for mark in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
         if hasattr(lm, mark):
             delattr(lm, mark)
+
+
+def build_plain(quantized: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """The module that `quantized` took the place of, with a weight as that has it, and a bias."""
+    made: Any
+    if is_transposed(quantized):
+        with torch.device("meta"):
+            made = Conv1D(weight.shape[1], weight.shape[0])
+    else:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight = nn.Parameter(weight)
+    made.bias = None if bias is None else nn.Parameter(bias)
+    plain: nn.Module = made
+    return plain
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the plain module keeps its weight as [in, out], as GPT-2's does."""
+    return isinstance(module, Conv1D) or getattr(module, "in_place_of", None) is Conv1D
+
+
+def orient(quantized: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] as the module has it that `quantized` took the place of."""
+    return weight.t().contiguous() if is_transposed(quantized) else weight
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -55,7 +84,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def read_weight(module: Any) -> torch.Tensor:
-    """[out, in]: the weight of a matrix; of a quantised one the float32 values it stands for."""
+    """The weight of a matrix as it has it; of a quantised one the float32 values that it stands
+    for, always [out, in]."""
     weight = module.weight
     if not is_quantized(module):
         plain: torch.Tensor = weight.detach()
@@ -92,19 +122,23 @@ def quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _quantize_linear(linear: nn.Linear, kind: Quantization, device: torch.device) -> nn.Module:
+def _quantize_matrix(
+    matrix: nn.Linear | Conv1D, kind: Quantization, device: torch.device
+) -> nn.Module:
     quieten()
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    size = (linear.in_features, linear.out_features, linear.bias is not None)
+    transposed = isinstance(matrix, Conv1D)
+    weight = matrix.weight.data.t().contiguous() if transposed else matrix.weight.data
+    size = (weight.shape[1], weight.shape[0], matrix.bias is not None)
     made: Any
     if kind == "int8":
         made = Linear8bitLt(*size, has_fp16_weights=False, device="meta")
-        made.weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        made.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         made = Linear4bit(*size, compress_statistics=True, quant_type=kind, device="meta")
         made.weight = Params4bit(
-            linear.weight.data,
+            weight,
             requires_grad=False,
             compress_statistics=True,
             quant_type=kind,
@@ -112,6 +146,7 @@ def _quantize_linear(linear: nn.Linear, kind: Quantization, device: torch.device
         )
         # On some CPUs it would repack its weights for inference, and compute in bfloat16.
         made.support_avx512bf16_for_cpu = False
-    made.bias = linear.bias
+    made.bias = matrix.bias
+    made.in_place_of = type(matrix)
     quantized: nn.Module = made.to(device)
     return quantized

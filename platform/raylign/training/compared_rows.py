@@ -222,6 +222,7 @@ def _lay_together(tokens: np.ndarray, ends: np.ndarray) -> _Layout:
     starts = np.concatenate([np.zeros_like(ends[:, :1]), ends], axis=1)
     begun = np.take_along_axis(starts, owner.numpy(), axis=1)
     places = columns - begun + np.where(owner.numpy() > 0, ends[:, :1], 0)
+    places[columns[None] >= ends[:, -1:]] = 0  # some models look positions up in a table
     mask = (visible & causal)[:, None]
     return _Layout(np.ascontiguousarray(tokens[:, :width]), mask, torch.from_numpy(places))
 
