@@ -154,10 +154,11 @@ def print_examples(
         raise UserError(f"--show {count}: give the number of examples, like --show 3")
     found, config = source.read(tokenizer), source.config
     console = Console(highlight=False, soft_wrap=True)
-    if found.rows < 2:
-        require_enough(source.file, found, config.max_rejected_share, source.stage)
     if found.rows:
-        examples = split(found.items, config.validation_share, seed, source.stage)[0][: int(count)]
+        examples = list(found.items)
+        if found.rows > 1:
+            examples, _ = split(found.items, config.validation_share, seed, source.stage)
+        examples = examples[: int(count)]
         for number, item in enumerate(examples, 1):
             title = f"example {number} of {len(examples)}: row {item.row}, {item.longest} tokens"
             if source.kind != "steps":
@@ -169,6 +170,7 @@ def print_examples(
         for line in describe(found):
             console.print(Text(line))
     require_enough(source.file, found, config.max_rejected_share, source.stage)
+    split(found.items, config.validation_share, seed, source.stage)  # training would say so too
 
 
 def show(draft: Draft, board: ProgressBoard) -> None:

@@ -180,15 +180,29 @@ def find_rows(recipe: Recipe, run: Run, stage: str, config: TrainingConfig) -> R
     done = run.find("shards")
     directory = config.corpus or (done.path if done is not None else None)
     if directory is None:
-        return RowPlan(1, (recipe.prepare or PrepareConfig()).sequence_length)
+        stored = (recipe.prepare or PrepareConfig()).sequence_length
+        return RowPlan(1, choose_length(config, stored))
     try:
         index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-        split = index["splits"]["train"]
-        return RowPlan(1, index["sequence_length"], split["rows"], split["tokens"])
+        split, stored = index["splits"]["train"], int(index["sequence_length"])
+        length = choose_length(config, stored)
+        return RowPlan(1, length, split["rows"] * (stored // length), split["tokens"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"pretrain.corpus={directory}: holds no readable index.json; give packed shards"
         ) from None
+
+
+def choose_length(config: PretrainConfig, stored: int) -> int:
+    """Tokens in a row of training; raises `UserError` when shards of rows of `stored` tokens cannot
+    be cut so."""
+    length = config.sequence_length or stored
+    if stored % length:
+        raise UserError(
+            f"pretrain.sequence_length={length} does not divide the shards' rows of {stored} "
+            "tokens; choose a divisor"
+        )
+    return length
 
 
 def _find_speed(run: Run, stage: str, outlook: Outlook) -> float | None:

@@ -11,7 +11,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from jobs.plan import OPTION, answer_early, show_plan
+from jobs.plan import OPTION, answer_early, choose_length, show_plan
 
 if __name__ == "__main__":  # a plan needs nothing of what follows
     answer_early("pretrain")
@@ -21,7 +21,14 @@ from transformers import PreTrainedConfig
 
 from jobs.entry import locate, locate_start, main, section
 from jobs.intent import perform_training
-from raylign.config import ModelConfig, PretrainConfig, Recipe, TrainingConfig, UserError
+from raylign.config import (
+    ModelConfig,
+    PretrainConfig,
+    Recipe,
+    TrainingConfig,
+    UserError,
+    check_warmup,
+)
 from raylign.data.packing import PackedShards
 from raylign.models.assembly import Head, ModelPlan
 from raylign.models.catalog import read_choice
@@ -64,7 +71,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
                 f"shards {shards} were made with another tokenizer than {tokenizer}; name theirs "
                 "in pretrain.tokenizer, or prepare the shards again"
             )
-        length = check_length(config, rows)
+        length = choose_length(config, rows.sequence_length)
         model = choose_model(start, tokenizer, rows, length)
         task = plan(
             recipe.seed,
@@ -94,6 +101,7 @@ def choose_model(
     else:
         model = load_config(start)
         context = f"the context of {start}"
+        require_same_tokenizer(start, tokenizer)
     vocabulary = model.vocab_size
     if length > model.max_position_embeddings:
         raise UserError(
@@ -110,15 +118,15 @@ def choose_model(
     return model
 
 
-def check_length(config: PretrainConfig, rows: PackedShards) -> int:
-    """Tokens in a row of training; raises `UserError` when the shards' cannot be cut so."""
-    length = config.sequence_length or rows.sequence_length
-    if rows.sequence_length % length:
+def require_same_tokenizer(start: Path, tokenizer: Path) -> None:
+    """Raises `UserError` when the model in `start` comes with another one than the shards'."""
+    if not (start / "tokenizer_config.json").is_file():
+        return  # it does not say
+    if load_tokenizer(start).get_vocab() != load_tokenizer(tokenizer).get_vocab():
         raise UserError(
-            f"pretrain.sequence_length={length} does not divide the shards' rows of "
-            f"{rows.sequence_length} tokens; choose a divisor"
+            f"pretrain.model={start} comes with another tokenizer than the shards' ({tokenizer}), "
+            "in which the same numbers are other tokens; prepare the shards with the model's own"
         )
-    return length
 
 
 def plan(
@@ -144,7 +152,7 @@ def plan(
             shards, "corpus", config.isolate_documents, config.sequence_length
         ),
         seed=derive_seed(seed, "pretrain", "order"),
-        steps=count_steps(config, rows),
+        steps=count_steps("pretrain", config, rows),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         checkpoint_every=config.checkpoint_every,
@@ -176,11 +184,17 @@ def plan_model(
     )
 
 
-def count_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps: as many as given, or as the given passes over `rows` rows take."""
+def count_steps(name: str, config: TrainingConfig, rows: int) -> int:
+    """Optimizer steps: as many as given, or as the given passes over `rows` rows take. Raises
+    `UserError` when those are too few for the warm-up."""
     if config.epochs is None:
         return config.steps
-    return max(1, math.ceil(config.epochs * rows / config.batch_size))
+    steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
+    try:
+        check_warmup(config.schedule, f"epochs={config.epochs:g}, {steps} steps", steps)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    return steps
 
 
 def show(draft: Draft, board: ProgressBoard) -> None:

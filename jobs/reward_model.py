@@ -93,7 +93,7 @@ def plan(
             comparisons.may_share_prompts(config),
         ),
         seed=derive_seed(seed, STAGE, "order"),
-        steps=count_steps(config, draft.summary["rows"]),
+        steps=count_steps(STAGE, config, draft.summary["rows"]),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         checkpoint_every=config.checkpoint_every,

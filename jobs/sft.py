@@ -81,12 +81,15 @@ def show_examples(count: str, recipe: Recipe, run: Run, board: ProgressBoard) ->
     check(config, model, tokenizer)
     data, _ = _locate_data(run, config)
     found = read(config, data, tokenizer)
-    if found.rows > 1:
-        examples, _ = split(found.conversations, config.validation_share, recipe.seed)
+    if found.rows:
+        examples = list(found.conversations)
+        if found.rows > 1:
+            examples, _ = split(found.conversations, config.validation_share, recipe.seed)
         print_examples(
             examples[: int(count)], data, found.format, describe(found, tokenizer), tokenizer
         )
     require_enough(data, found, config.max_rejected_share)
+    split(found.conversations, config.validation_share, recipe.seed)  # training would say so too
 
 
 def check(config: SftConfig, model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -226,7 +229,7 @@ def plan(
             rows, "demonstrations", noise=config.neftune_alpha, noise_seed=noise
         ),
         seed=derive_seed(seed, "sft", "order"),
-        steps=count_steps(config, draft.summary["rows"]),
+        steps=count_steps("sft", config, draft.summary["rows"]),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         checkpoint_every=config.checkpoint_every,

@@ -29,6 +29,7 @@ _LIBRARY_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else a recipe's relative paths are others in a worker
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's banners; jobs.tune shows its own progress
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -35,8 +35,9 @@ from raylign.models.presets import build_config
 from raylign.run import Draft, Run
 from raylign.tokenization.train import train_bpe
 from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
+from raylign.training.checkpoints import list_checkpoints
 from raylign.training.compared_rows import ComparedFile
-from raylign.training.loop import SupervisedLoop
+from raylign.training.loop import CHECKPOINTS, SupervisedLoop
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "preference"
 PAIRS, LABELLED = REAL / "dpo_en_demo.json", REAL / "kto_en_demo.json"
@@ -50,6 +51,7 @@ SMALL: dict[str, Any] = {
     "checkpoint_every": 2,
     "optimizer": {"lr": 3e-3},
     "schedule": {"warmup_steps": 1},
+    "checkpoints": {"keep": 1, "after": "all"},
 }
 
 
@@ -118,6 +120,7 @@ def test_two_ranks_learn_preferences(
     (cache,) = (run.root / ".reference").iterdir()
     table = np.load(cache / "train.npy")
     assert table.shape == (counts[0], 2) and (table < 0).all()
+    assert [path.name for path in (stage.path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_scores_of_a_reference_are_named_after_what_decides_them() -> None:
@@ -162,6 +165,7 @@ def test_a_reward_model_scores_the_same_in_transformers(
     assert last["validation_rewards/margin"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert last["validation_rewards/accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
     assert stage.manifest.summary["validation_accuracy"] == last["validation_rewards/accuracy"]
+    assert [path.name for path in (stage.path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def train_alone(
@@ -176,6 +180,7 @@ def train_alone(
     if job is preference:
         more = (preference.Reference(directory / "cache"),)
     SupervisedLoop(job.plan(3, config, start, tokenizer, *more, draft)).run()
+    assert len(list_checkpoints(directory / CHECKPOINTS)) == config.checkpoints.keep == 1
     return draft, read_lines(directory / METRICS_FILE)
 
 
@@ -274,6 +279,10 @@ def test_examples_are_shown_with_what_is_scored(
     assert sum("  score  " in line for line in lines) == 2
     with pytest.raises(UserError, match="give the number of examples"):
         preference.show_examples("few", recipe, Run(tmp_path / "run"), board)
+    write_rows(tmp_path, draw_pairs(1))
+    with pytest.raises(UserError, match=r"holds one usable row; validation needs a second one"):
+        preference.show_examples("2", recipe, Run(tmp_path / "run"), board)
+    assert "example 1 of 1: row 1, " in capsys.readouterr().out
 
 
 def test_numbers_are_the_authors_unless_given() -> None:

@@ -269,6 +269,16 @@ def test_examples_are_shown_with_their_mask(
         show(model, data, "many", tmp_path)
 
 
+def test_a_lone_example_is_shown(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"^sft.data holds one demonstration; validation"):
+        show(model, write(tmp_path, alpaca(1)), "3", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("example 1 of 1: row 1, ")
+    assert any(" train " in line for line in lines)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no public data in ../shared/data/instruct")
 def test_public_instructions_are_shown(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

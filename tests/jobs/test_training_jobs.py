@@ -25,7 +25,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs import pretrain, sft
-from raylign.config import ModelConfig, PretrainConfig, Recipe, SftConfig, UserError
+from raylign.config import (
+    CheckpointConfig,
+    ModelConfig,
+    PretrainConfig,
+    Recipe,
+    SftConfig,
+    UserError,
+)
 from raylign.data.packing import ShardWriter, pack, write_index
 from raylign.data.textbook.arithmetic import draw_problem, write_exercise, write_textbook
 from raylign.models.loading import initialise, load_tokenizer, save_model
@@ -33,7 +40,7 @@ from raylign.models.presets import build_config
 from raylign.run import Run, Stage
 from raylign.tokenization.train import train_bpe
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, ProgressBoard, read_lines
-from raylign.training.checkpoints import list_checkpoints
+from raylign.training.checkpoints import list_checkpoints, verify
 from raylign.training.heartbeat import read_marks
 
 TAGS = ("<work>", "</work>", "<answer>", "</answer>")
@@ -44,6 +51,7 @@ PRETRAIN = PretrainConfig(
     batch_size=6,
     micro_batch_size=2,
     checkpoint_every=10,
+    checkpoints=CheckpointConfig(keep=1, after="models"),
     sample_prompts=("What is ",),
     sample_tokens=8,
 )
@@ -52,7 +60,8 @@ SFT = SftConfig(
     batch_size=5,
     micro_batch_size=2,
     sequence_length=128,
-    checkpoint_every=6,
+    checkpoint_every=4,
+    checkpoints=CheckpointConfig(keep=1, after="all"),
     validation_share=0.1,
     sample_prompts=("What is 1 + 2?",),
     sample_tokens=8,
@@ -138,8 +147,11 @@ def test_pretraining_leaves_a_model_that_has_learnt(trained: Run) -> None:
     ]  # fmt: skip
     assert set(stage.manifest.parents) == {"shards", "tokenizer"}
     kept = {name.split("/")[0] for name in stage.manifest.files}
-    assert kept == {"model", METRICS_FILE, EVENTS_FILE, "samples.jsonl", "curve.svg"}
-    assert not list((stage.path).glob(".*")), "no checkpoints left"
+    assert kept == {"model", METRICS_FILE, EVENTS_FILE, "samples.jsonl", "curve.svg", "checkpoints"}
+    assert not list((stage.path).glob(".*")), "nothing else is left"
+    [checkpoint] = (stage.path / "checkpoints").iterdir()  # as many as asked for, as asked for
+    assert checkpoint.name == "step-00000050"
+    assert [path.name for path in checkpoint.iterdir()] == ["hf"]
     saved = [
         row["step"] for row in read_lines(stage.path / EVENTS_FILE) if row["what"] != "started"
     ]
@@ -159,6 +171,8 @@ def test_fine_tuning_goes_on_from_there(trained: Run) -> None:
     assert tokenizer.chat_template and tokenizer.eos_token == "<eos>"
     [first, *_] = read_lines(stage.path / "samples.jsonl")
     assert first["prompt"] == "What is 1 + 2?"
+    [checkpoint] = list_checkpoints(stage.path / "checkpoints")
+    assert verify(checkpoint).step == 8
 
 
 @pytest.mark.slow
@@ -348,6 +362,15 @@ def test_what_does_not_fit_is_refused_before_workers_start(
     assert "made with another tokenizer" in change(tokenizer=fresh.root / "shards")
     workers = PRETRAIN.workers.model_copy(update={"count": 50})
     assert "50 ranks of 1 CPU do not fit the 2 CPU of the cluster" in change(workers=workers)
+    own = load_tokenizer(fresh.root / "tokenizer")
+    model = initialise(build_config(SHAPE, len(own), pad_id=0, eos_id=1), 0)
+    for name, tokenizer in (("own", own), ("other", train_bpe(["zebras " * 9], 266, TAGS))):
+        save_model(model, model.config, tokenizer, fresh.root / name)
+    said = change(model=str(fresh.root / "other"), workers=workers)
+    assert (
+        f"pretrain.model={fresh.root}/other comes with another tokenizer than the shards'" in said
+    )
+    assert "50 ranks" in change(model=str(fresh.root / "own"), workers=workers)
     assert "no finished 'pretrain' stage" in refuse(sft, fresh, board, sft=SFT)
     assert "no 'sft' section" in refuse(sft, fresh, board)
 

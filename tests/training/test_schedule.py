@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from jobs.pretrain import count_steps
+from raylign.config import Recipe, ScheduleConfig, SftConfig, UserError
 from raylign.training.schedule import learning_rate
 
 
 def trace(
-    shape: str, steps: int, *, warmup: int = 0, final: float = 0.1, decay: float = 0.2
+    shape: str, steps: int, *, warmup: int | None = 0, final: float = 0.1, decay: float = 0.2
 ) -> list[float]:
     return [
         learning_rate(
@@ -55,6 +60,34 @@ def test_rates_stay_in_range_for_odd_numbers_of_steps(shape: str, steps: int, wa
     assert all(0 < rate <= 2.0 for rate in rates)
     peak = rates.index(max(rates))
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (12, 1), (60, 6), (1000, 20)])
+def test_the_usual_warm_up_leaves_most_of_a_short_run(steps: int, warmup: int) -> None:
+    assert trace("cosine", steps, warmup=None) == trace("cosine", steps, warmup=warmup)
+
+
+@pytest.mark.parametrize(
+    ("stage", "section"),
+    [
+        ("sft", {"steps": 10, "schedule": {"warmup_steps": 10}}),
+        ("pretrain", {"schedule": {"warmup_steps": 300}}),
+        ("align", {"steps": 5, "schedule": {"warmup_steps": 5}}),
+    ],
+)
+def test_a_warm_up_that_never_ends_is_refused(stage: str, section: dict[str, Any]) -> None:
+    steps = section.get("steps", 300)
+    with pytest.raises(ValidationError, match=rf"warmup_steps={steps} never .* in steps={steps}; "):
+        Recipe.model_validate({stage: section})
+    section["schedule"]["warmup_steps"] -= 1
+    assert Recipe.model_validate({stage: section})
+
+
+def test_of_passes_over_the_data_it_is_known_when_the_rows_are_counted() -> None:
+    config = SftConfig(epochs=2, batch_size=4, schedule=ScheduleConfig(warmup_steps=10))
+    assert count_steps("sft", config, 21) == 11
+    with pytest.raises(UserError, match=r"^sft: schedule.warmup_steps=10 .*epochs=2, 10 steps; "):
+        count_steps("sft", config, 20)
 
 
 def test_an_unknown_shape_is_refused() -> None:

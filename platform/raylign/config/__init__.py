@@ -33,6 +33,7 @@ from raylign.config.training import (
     SftConfig,
     TrainingConfig,
     WorkersConfig,
+    check_warmup,
 )
 from raylign.config.tuning import MergeConfig, RangeConfig, TuneConfig
 
@@ -82,5 +83,6 @@ __all__ = [
     "UserError",
     "WorkersConfig",
     "change",
+    "check_warmup",
     "load_recipe",
 ]

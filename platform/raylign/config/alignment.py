@@ -14,6 +14,7 @@ from raylign.config.training import (
     OptimizerConfig,
     ScheduleConfig,
     check_peft,
+    check_warmup,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -152,6 +153,12 @@ class AlignConfig(Section):
                     f"engine.{key}: every learner trains on trajectories of its own; set it to 1, "
                     "and share weights out with engine.zero_stage=3"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> AlignConfig:
+        if "schedule" in self.model_fields_set:
+            check_warmup(self.schedule, f"steps={self.steps}", self.steps)
         return self
 
     @model_validator(mode="after")

@@ -33,12 +33,22 @@ class ScheduleConfig(Section):
 
     shape: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """`wsd` is warm-up, stable, decay."""
-    warmup_steps: int = Field(default=20, ge=0)
-    """Linear warm-up from zero."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Linear warm-up from zero; when not given 20, or a tenth of the steps where that is less."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Rate at the last step."""
     decay_share: float = Field(default=0.2, gt=0, le=1)
     """Share of the steps in which `wsd` decays."""
+
+
+def check_warmup(schedule: ScheduleConfig, length: str, steps: int) -> None:
+    """Raises `ValueError` for a warm-up that is given and does not end before the last of `steps`
+    does. `length`: the key and value that say how many there are."""
+    if schedule.warmup_steps is not None and schedule.warmup_steps >= steps:
+        raise ValueError(
+            f"schedule.warmup_steps={schedule.warmup_steps} never reaches the peak rate in "
+            f"{length}; lower it, or train longer"
+        )
 
 
 class EngineConfig(Section):
@@ -170,6 +180,8 @@ class TrainingConfig(Section):
     def _check_length(self) -> TrainingConfig:
         if self.epochs is not None and "steps" in self.model_fields_set:
             raise ValueError("give steps or epochs, not both")
+        if self.epochs is None:  # else it is known when the rows are
+            check_warmup(self.schedule, f"steps={self.steps}", self.steps)
         return self
 
     @model_validator(mode="after")

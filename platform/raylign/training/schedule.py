@@ -12,18 +12,21 @@ def learning_rate(
     peak: float,
     *,
     shape: Literal["constant", "linear", "cosine", "wsd"],
-    warmup_steps: int,
+    warmup_steps: int | None,
     final_ratio: float,
     decay_share: float,
 ) -> float:
     """Learning rate of optimizer step `step` (0-based) of `steps`.
 
     Warm-up rises linearly and reaches `peak` at step `warmup_steps` (the first step already moves:
-    its rate is peak / (warmup_steps + 1)). After it, `linear` and `cosine` (Loshchilov and Hutter,
+    its rate is peak / (warmup_steps + 1)); it takes 20 steps, or a tenth of all where that is less,
+    when `warmup_steps` is None. After it, `linear` and `cosine` (Loshchilov and Hutter,
     2017) fall to `final_ratio` x peak at the last step; `wsd` (warm-up, stable, decay; Hu et al.,
     2024) stays at the peak and falls linearly to it over the last `decay_share` of the steps;
     `constant` stays.
     """
+    if warmup_steps is None:
+        warmup_steps = min(20, steps // 10)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if shape == "constant":
