@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +105,24 @@ def test_a_policy_learns_to_prefer(
         assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert rows[-1]["rewards/margin"] > rows[0]["rewards/margin"] + 0.5
     assert rows[-1]["validation_rewards/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(("name", "weight"), [("orpo", 0.0), ("simpo", 0.5)])
+def test_validation_does_not_depend_on_how_rows_are_cut(
+    name: str, weight: float, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Few and many chosen tokens: a mean of means would weigh them by micro-batch."""
+    stream = np.random.default_rng(1)
+    rows = [make([2, 3], stream.integers(4, 56, n).tolist(), [5, 6]) for n in (2, 40, 3)]
+    for split in ("train", "validation"):
+        write_compared(rows, tmp_path / "rows", split)
+    objective = PreferenceObjective(tmp_path / "rows", name, LOSSES[name].numbers, 0, weight)
+    found = []
+    for size in (1, 2, 3):
+        task = make_task(tmp_path / str(size), ModelPlan(tiny_model, 0), objective, tiny_model)
+        task = replace(task, steps=1, checkpoint_every=1, batch_size=3, micro_batch_size=size)
+        SupervisedLoop(task).run()
+        found.append(read_lines(task.output / METRICS_FILE)[-1])
+    for row in found[1:]:
+        assert row["validation_loss"] == pytest.approx(found[0]["validation_loss"], rel=1e-5)
+    assert found[0]["validation_cross_entropy"] > 1

@@ -47,8 +47,7 @@ def build_scorer(start: Path, head: str, seed: int) -> PreTrainedModel:
     lm = load_model(start)
     config = configure_scorer(lm.config, head, pad_id(load_tokenizer(start)))
     config.architectures = [kind.__name__]
-    with torch.device("meta"):
-        scorer: Any = kind(config)
+    scorer: Any = sketch_scorer(config, head, start)
     setattr(scorer, scorer.base_model_prefix, lm.get_decoder())
     width, labels = config.get_text_config().hidden_size, len(_LABELS[head])
     name = _name_head(scorer)
@@ -59,6 +58,15 @@ def build_scorer(start: Path, head: str, seed: int) -> PreTrainedModel:
         if linear.bias is not None:
             linear.bias.zero_()
     setattr(scorer, name, linear)
+    return scorer
+
+
+def sketch_scorer(config: PreTrainedConfig, head: str, source: object) -> PreTrainedModel:
+    """A model of this configuration and head on torch's meta device; raises `UserError`, which
+    names `source`, where transformers has no class for it."""
+    kind = _find_class(config, head, source)
+    with torch.device("meta"):
+        scorer: PreTrainedModel = kind(config)
     return scorer
 
 
@@ -110,7 +118,7 @@ def _name_head(scorer: PreTrainedModel) -> str:
     return "score" if hasattr(scorer, "score") else "classifier"
 
 
-def _find_class(config: PreTrainedConfig, head: str, path: Path) -> Any:
+def _find_class(config: PreTrainedConfig, head: str, path: object) -> Any:
     kind = _FACTORIES[head]._model_mapping.get(type(config), None)
     if kind is None:
         raise UserError(

@@ -28,18 +28,25 @@ def quantize(lm: PreTrainedModel, kind: Quantization) -> None:
     """
     device = _find_device()
     decoder = lm.get_decoder()
-    matrices = [(n, m) for n, m in decoder.named_modules() if type(m) in (nn.Linear, Conv1D)]
-    if not matrices:
-        raise UserError(
-            f"peft=qlora: a {lm.config.model_type} has no matrices that can be quantised; use lora"
-        )
-    for name, module in matrices:
+    for name, module in list_matrices(lm):
         place, _, child = name.rpartition(".")
         setattr(decoder.get_submodule(place), child, _quantize_matrix(module, kind, device))
     if device.type != "cpu":
         lm.to(device)
     # By these peft knows which of its layers to wrap around ours.
     setattr(lm, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+
+
+def list_matrices(lm: PreTrainedModel) -> list[tuple[str, Any]]:
+    """Matrices that `quantize` replaces, and their names in the decoder; raises `UserError` when
+    there are none."""
+    modules = lm.get_decoder().named_modules()
+    found = [(name, module) for name, module in modules if type(module) in (nn.Linear, Conv1D)]
+    if not found:
+        raise UserError(
+            f"peft=qlora: a {lm.config.model_type} has no matrices that can be quantised; use lora"
+        )
+    return found
 
 
 def dequantize(lm: PreTrainedModel) -> None:

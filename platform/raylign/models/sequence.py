@@ -39,7 +39,7 @@ def share_sequences(
     Key/value heads that the ranks cannot share out are sent to several. Raises `UserError` for a
     model whose attention is not exchangeable.
     """
-    _require_exchangeable(lm)
+    require_exchangeable(lm, getattr(getattr(lm, NAME, None), "kind", "none"))
     AttentionInterface.register(ULYSSES, attend_by_heads)
     decoder = lm.get_decoder()
     ranks = dist.get_world_size(group)
@@ -63,14 +63,15 @@ def share_sequences(
     decoder.register_forward_hook(cut.join, prepend=True)
 
 
-def _require_exchangeable(lm: PreTrainedModel) -> None:
+def require_exchangeable(lm: PreTrainedModel, peft: str = "none") -> None:
+    """Raises `UserError` for a model, or a kind of adapter, whose attention cannot be shared."""
     kind = lm.config.model_type
     grouped = any(hasattr(module, "num_key_value_groups") for module in lm.get_decoder().modules())
     if not lm._supports_attention_backend or not grouped:
         reason = "compute attention in a way of their own"
     elif getattr(lm.config, "sliding_window", None):
         reason = "attend within a sliding window"
-    elif getattr(getattr(lm, NAME, None), "kind", None) == "prefix":
+    elif peft == "prefix":
         raise UserError("engine.sequence_parallel: peft=prefix works by a cache; set it to 1")
     else:
         return
