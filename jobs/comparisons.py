@@ -25,6 +25,7 @@ from raylign.data.comparisons import (
 from raylign.data.comparisons.display import render_comparison
 from raylign.data.preferences import Kind
 from raylign.models.loading import load_config
+from raylign.models.windows import goes_by_masks
 from raylign.run import Draft, Run, hash_json
 from raylign.runtime import derive_seed
 from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
@@ -79,9 +80,9 @@ def check(
         )
 
 
-def may_share_prompts(config: ComparisonConfig) -> bool:
+def may_share_prompts(config: ComparisonConfig, model: Path) -> bool:
     """Whether two answers may stand behind one prompt, which takes a mask of their own."""
-    return config.peft not in ("prefix", "prompt")
+    return config.peft not in ("prefix", "prompt") and goes_by_masks(load_config(model))
 
 
 def prepare_rows(

@@ -185,7 +185,7 @@ def plan(
             pad_id(tokenizer),
             config.sft_weight,
             reference if find_loss(config.loss).needs_reference else None,
-            comparisons.may_share_prompts(config),
+            comparisons.may_share_prompts(config, model),
         ),
         seed=derive_seed(seed, STAGE, "order"),
         steps=count_steps(STAGE, config, draft.summary["rows"]),

@@ -35,6 +35,7 @@ from raylign.models.catalog import read_choice
 from raylign.models.hub import is_hub_name
 from raylign.models.loading import load_config, load_tokenizer, pad_id
 from raylign.models.presets import build_config
+from raylign.models.windows import require_separable
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
@@ -73,6 +74,8 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
             )
         length = choose_length(config, rows.sequence_length)
         model = choose_model(start, tokenizer, rows, length)
+        if config.isolate_documents:
+            require_separable(model, length, config.peft, "pretrain.isolate_documents")
         task = plan(
             recipe.seed,
             config,

@@ -90,7 +90,7 @@ def plan(
             config.kind,
             pad_id(tokenizer),
             config.centring,
-            comparisons.may_share_prompts(config),
+            comparisons.may_share_prompts(config, model),
         ),
         seed=derive_seed(seed, STAGE, "order"),
         steps=count_steps(STAGE, config, draft.summary["rows"]),

@@ -38,6 +38,7 @@ from raylign.data.chat import (
     write_rejections,
 )
 from raylign.models.loading import load_config, load_tokenizer, pad_id
+from raylign.models.windows import require_separable
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
 from raylign.tracking import ProgressBoard
@@ -105,6 +106,8 @@ def check(config: SftConfig, model: Path, tokenizer: PreTrainedTokenizerBase) ->
             f"sft.sequence_length={config.sequence_length} exceeds the context of {model}, "
             f"{shape.max_position_embeddings} tokens; lower it"
         )
+    if config.packing:
+        require_separable(shape, config.sequence_length, config.peft, "sft.packing")
     if not config.train_on:
         raise UserError("sft.train_on names no role; give at least one, such as [assistant]")
     if config.neftune_alpha and config.engine.pipeline_parallel > 1:

@@ -25,6 +25,7 @@ from raylign.models.folding import attach_adapter, fold_into, plain_weights, tra
 from raylign.models.heads import build_scorer, is_scorer, load_scorer, score_states
 from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
 from raylign.models.quantization import dequantize, is_quantized, quantize
+from raylign.models.windows import goes_by_masks, require_separable
 from raylign.training.compared_rows import ComparedFile, assemble_compared, write_compared
 from raylign.training.comparisons import sum_logprobs
 from raylign.training.objectives import embed_batch
@@ -104,8 +105,11 @@ def test_layers_that_go_by_no_mask_are_refused(family: Make) -> None:
     lm.config.layer_types = ["linear_attention", "full_attention"]
     tokens = torch.ones((1, 4), dtype=torch.int64)
     mask = attention_mask(torch.tensor([[1, 1, 2, 2]]))
+    assert not goes_by_masks(lm.config) and goes_by_masks(load_model(family("gemma2")).config)
     with pytest.raises(UserError, match="layers of the kind linear_attention"):
         embed_context(lm, tokens, attention_mask=mask)
+    with pytest.raises(UserError, match=r"set sft\.packing to false"):
+        require_separable(lm.config, 4, "none", "sft.packing")
 
 
 def test_a_window_and_virtual_tokens_take_one_text_a_row(family: Make) -> None:

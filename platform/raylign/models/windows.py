@@ -25,15 +25,10 @@ def narrow_mask(
     `UserError` for layers that go by no mask.
     """
     text = lm.config.get_text_config()
-    require_maskable(text)
+    require_separable(text, mask.shape[-1], getattr(getattr(lm, NAME, None), "kind", "none"))
     window = find_window(text)
     if window is None or mask.shape[-1] <= window:
         return mask
-    if hasattr(lm, NAME):
-        raise UserError(
-            f"peft=prefix and peft=prompt on a {text.model_type}, whose layers see {window:,} "
-            "tokens, take one text a row; set packing to false, or choose lora"
-        )
     if places is None:
         places = torch.arange(mask.shape[-1], device=mask.device)[None]
     near = (places[:, :, None] - places[:, None, :] < window)[:, None]
@@ -51,17 +46,33 @@ def find_window(config: PreTrainedConfig) -> int | None:
     return window if not kinds or SLIDING in kinds else None
 
 
-def require_maskable(config: PreTrainedConfig) -> None:
-    """Raises `UserError` for a model with layers that would carry something from one text of a row
-    to the next, whatever a mask says."""
+def require_separable(
+    config: PreTrainedConfig, length: int, peft: str = "none", key: str = "packing"
+) -> None:
+    """Raises `UserError`, which names the `key` to set to false, for a model that cannot keep apart
+    the texts of a row of `length` tokens: with layers that carry something on whatever a mask says,
+    or with virtual tokens in front of a window."""
     text = config.get_text_config()
-    others = sorted(set(_list_kinds(text)) - {FULL, SLIDING})
-    if others:
+    if others := _list_others(text):
         raise UserError(
             f"models of type {text.model_type} have layers of the kind {others[0]}, which keep the "
-            "texts of a row apart by no mask; set packing (sft) or isolate_documents (pretrain) to "
-            "false, or choose another model"
+            f"texts of a row apart by no mask; set {key} to false, or choose another model"
         )
+    window = find_window(text)
+    if peft in ("prefix", "prompt") and window is not None and length > window:
+        raise UserError(
+            f"peft={peft} on a {text.model_type}, whose layers see {window:,} tokens, takes one "
+            f"text a row of {length:,}; set {key} to false, or choose lora"
+        )
+
+
+def goes_by_masks(config: PreTrainedConfig) -> bool:
+    """Whether a mask decides what every layer sees."""
+    return not _list_others(config.get_text_config())
+
+
+def _list_others(text: PreTrainedConfig) -> list[str]:
+    return sorted(set(_list_kinds(text)) - {FULL, SLIDING})
 
 
 def _list_kinds(text: PreTrainedConfig) -> tuple[str, ...]:
