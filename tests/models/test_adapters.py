@@ -221,7 +221,7 @@ def test_decoding_with_a_cache_follows_scoring(
         wanted = torch.log_softmax(compute(lm, ours), -1)[:, :-1].gather(2, ours[:, 1:, None])
         assert torch.allclose(score_tokens(lm, ours)[0][:, 1:], wanted[..., 0], atol=1e-5)
     # What another rank is given to sample from.
-    whole = rebuild(lm, plain_weights(lm), trained_weights(lm)).eval()
+    whole = rebuild(lm, plain_weights(lm), trained_weights(lm), lm.device).eval()
     assert torch.allclose(compute(whole), adapted(kind).logits, atol=1e-5)
 
 

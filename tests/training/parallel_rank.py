@@ -129,7 +129,8 @@ def list_cases(world: int) -> dict[str, Case]:
             EngineConfig(zero_stage=2, offload="optimizer"),
         ),
     )
-    rough = {"dtype": "bfloat16", "steps": 4, "poisoned": True}
+    # Several micro-batches, whose gradients are summed.
+    rough = {"dtype": "bfloat16", "steps": 4, "poisoned": True, "micro_batch": 1}
     cases |= {f"zero{stage}-bfloat16": case(zero_stage=stage, **rough) for stage in range(4)}
     cases |= {
         "torch-bfloat16": case(backend="torch", **rough),
@@ -165,6 +166,10 @@ def draw_rows(step: int) -> TextRows:
 
 
 def build(given: Case, seed: int = 7) -> Engine:
+    return build_engine(given.engine, assemble(given, seed), OPTIMIZER)
+
+
+def assemble(given: Case, seed: int = 7) -> PreTrainedModel:
     config = build_config(given.shape, VOCABULARY, pad_id=0, eos_id=1)
     model: PreTrainedModel = initialise(config, seed)
     if given.scores:
@@ -177,7 +182,7 @@ def build(given: Case, seed: int = 7) -> Engine:
     if given.peft != "none":
         adapter = AdapterConfig(rank=4) if given.peft == "lora" else AdapterConfig(virtual_tokens=3)
         model = adapt(model, given.peft, adapter, seed=3, base="base")
-    return build_engine(given.engine, model, OPTIMIZER)
+    return model
 
 
 def take_step(
@@ -224,12 +229,13 @@ def lose_more(lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> torch.Te
 
 
 def copy_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: tensor.float().clone() for name, tensor in engine.weights().items()}
+    return {name: t.float().clone() for name, t in engine.weights(everywhere=True).items()}
 
 
 def run_case(given: Case) -> dict[str, Any]:
     """Losses, gradient norms, final weights, and what they say of some rows."""
     engine, steps = build(given), []
+    rounding = measure_rounding(engine, given)
     for turn, config in enumerate((given.engine, *given.then)):
         if turn:
             stored = store(engine)
@@ -240,9 +246,10 @@ def run_case(given: Case) -> dict[str, Any]:
     found: dict[str, Any] = dict(
         zip(("losses", "norms", "drawn"), zip(*steps, strict=True), strict=False)
     )
-    found["weights"] = copy_weights(engine) | {
-        name: tensor.float().clone() for name, tensor in engine.exportable().items()
-    }
+    found |= {"rounding": rounding, "released": list_released(engine)}
+    found["weights"] = copy_weights(engine)
+    found["given"] = {name: t.float().clone() for name, t in engine.weights().items()}
+    found["trained"] = {name: t.float().clone() for name, t in engine.exportable().items()}
     found["config"] = engine.lm.config.to_dict(), engine.lm.config._attn_implementation
     found["buffers"] = {b.dtype for b in engine.lm.buffers() if b.is_floating_point()}
     if given.poisoned:
@@ -260,6 +267,22 @@ def run_case(given: Case) -> dict[str, Any]:
         tokens = torch.from_numpy(draw_rows(99).tokens)
         found["logprobs"] = score_tokens(engine.module, tokens, piece=20)[0]
     return found
+
+
+def measure_rounding(engine: Engine, given: Case) -> float:
+    """The largest difference between this rank's masters and the float32 weights of the model that
+    the engine was given."""
+    exact, largest = dict(assemble(given).named_parameters()), 0.0
+    for part in engine.fragments():
+        whole = part.place.cut(exact[part.name].detach()).reshape(-1)
+        gap = part.tensors["master"] - whole.narrow(0, part.start, part.numel)
+        largest = max(largest, float(gap.abs().max()))
+    return largest
+
+
+def list_released(engine: Engine) -> list[str]:
+    """Weights of which a rank holds a part while they are not in use."""
+    return [name for name, p in engine.lm.named_parameters() if not getattr(p, "ds_persist", True)]
 
 
 def store(engine: Engine) -> StoredState:

@@ -154,7 +154,9 @@ def run_case(case: Case, directory: Path) -> dict[str, Any]:
     sums = engine.measure(batches, partial(measure_only, OBJECTIVE.count(whole)))
     total, count = engine.sum(sums["loss"]).tolist()
     found["measured"] = total / count
-    found["weights"] = {name: t.float().clone() for name, t in engine.weights().items()}
+    weights = engine.weights(everywhere=True)
+    found["weights"] = {name: t.float().clone() for name, t in weights.items()}
+    found["given"] = len(engine.weights())
     found["buffers"] = {b.dtype for b in engine.lm.buffers() if b.is_floating_point()}
     if not engine.whole:
         found["owned"] = {

@@ -25,6 +25,9 @@ from parallel_rank import OPTIMIZER, WORLDS, list_cases, run_case
 
 CASES = {name: world for world in WORLDS for name in list_cases(world)}
 EXACT = [name for name in CASES if "bfloat16" not in name and "poisoned" not in name]
+SHARED_OUT = [
+    name for name in EXACT if "zero3" in name or ("tensor-" in name and "then" not in name)
+]
 ROUGH = [name for name in CASES if "bfloat16" in name]
 POISONED = [name for name, world in CASES.items() if list_cases(world)[name].poisoned]
 
@@ -94,6 +97,25 @@ def test_the_loss_curve_is_that_of_a_single_process(
         assert gap(rank["weights"], reference["weights"]) < 1e-6
         if "logprobs" in reference:
             assert float((rank["logprobs"] - reference["logprobs"]).abs().max()) < 2e-6
+    first, *others = found[case]
+    assert gap(first["given"], reference["given"]) < 1e-6
+    assert gap(first["trained"], reference["trained"]) < 1e-6
+    for rank in others:  # of weights that are shared out
+        assert bool(rank["given"]) == bool(rank["trained"]) == (case not in SHARED_OUT)
+
+
+def test_partitioned_weights_are_released_between_uses(found: dict[str, list[Found]]) -> None:
+    """At stage 3 all matrices; vectors stay."""
+    for name, ranks in found.items():
+        for rank in ranks:
+            held = [key for key, tensor in rank["weights"].items() if tensor.ndim < 2]
+            assert bool(rank["released"]) == ("zero3" in name), name
+            assert not set(held) & set(rank["released"])
+
+
+@pytest.mark.parametrize("case", ROUGH)
+def test_masters_begin_as_the_float32_weights(found: dict[str, list[Found]], case: str) -> None:
+    assert all(rank["rounding"] == 0 for rank in found[case])
 
 
 @pytest.mark.parametrize("case", ROUGH)
@@ -105,6 +127,15 @@ def test_bfloat16_follows_float32(
         assert rank["losses"] == pytest.approx(references["whole"]["losses"][:steps], abs=3e-2)
         assert rank["norms"] == pytest.approx(references["whole"]["norms"][:steps], rel=5e-2)
         assert rank["buffers"] == {torch.float32}, "rotary frequencies"
+
+
+@pytest.mark.parametrize("case", [name for name in ROUGH if name.startswith(("zero0", "zero1"))])
+def test_bfloat16_gradients_are_summed_in_float32(found: dict[str, list[Found]], case: str) -> None:
+    """Over micro-batches and ranks, as plain torch does: not a bit is different. Stages 2 and 3
+    reduce every micro-batch, in bfloat16."""
+    ours, theirs = found[case][0], found["torch-bfloat16"][0]
+    assert ours["losses"] == theirs["losses"]
+    assert gap(ours["weights"], theirs["weights"]) == 0
 
 
 @pytest.mark.parametrize("case", POISONED)

@@ -111,6 +111,9 @@ def test_stages_take_the_steps_of_one_process(ranks: Found, alone: Any, name: st
         assert found["norms"] == pytest.approx(reference["norms"], abs=5e-6)
         assert found["measured"] == pytest.approx(reference["measured"], abs=5e-6)
         assert widest_gap(found["weights"], reference["weights"]) < 1e-5
+    first, *others = select(ranks, name)
+    assert first["given"] == len(first["weights"])
+    assert not any(found["given"] for found in others), "each would need room for the model"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "bfloat16" in name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from raylign.config import UserError
 from raylign.models.adapters import (
@@ -37,21 +38,35 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes partitioned parameters whole inside a block."""
 
 
-def plain_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[str, torch.Tensor]:
+def plain_weights(
+    lm: PreTrainedModel, gather: Gather | None = None, keep: bool = True
+) -> dict[str, torch.Tensor]:
     """All weights as a plain model has them: adapters folded in, quantised ones dequantised, tied
-    ones once, virtual tokens left out. What nothing was done to shares memory with `lm`, unless it
-    had to be gathered."""
+    ones once, virtual tokens left out. What nothing was done to shares memory with `lm`; what had
+    to be gathered is put on the CPU, one tensor at a time, and without `keep` nowhere."""
     dtype = lm.get_input_embeddings().weight.dtype
-    return {name: t.to(dtype) for name, t in _walk(lm, "", gather, set())}
+    return _collect(((name, t.to(dtype)) for name, t in _walk(lm, "", gather, set())), gather, keep)
 
 
-def trained_weights(lm: PreTrainedModel, gather: Gather | None = None) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, whole, by their name in `lm`."""
-    return {
-        name: _read(parameter, gather)
-        for name, parameter in lm.named_parameters()
-        if parameter.requires_grad
-    }
+def trained_weights(
+    lm: PreTrainedModel, gather: Gather | None = None, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, whole, by their name in `lm`; memory as of
+    `plain_weights`."""
+    trained = ((name, p) for name, p in lm.named_parameters() if p.requires_grad)
+    return _collect(((name, _read(p, gather)) for name, p in trained), gather, keep)
+
+
+def _collect(
+    tensors: Iterable[tuple[str, torch.Tensor]], gather: Gather | None, keep: bool
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in tensors:  # all of them, also where none is kept: others wait for this rank
+        if gather is None:
+            found[name] = tensor
+        elif keep:
+            found[name] = tensor.cpu()
+    return found
 
 
 def _walk(
@@ -230,18 +245,33 @@ def load_adapted(path: Path, load: Callable[[Path], PreTrainedModel]) -> PreTrai
 
 
 def rebuild(
-    lm: PreTrainedModel, weights: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor]
+    lm: PreTrainedModel,
+    weights: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
+    device: torch.device,
 ) -> PreTrainedModel:
     """A whole model that computes what `lm`, of which every rank holds a part, does; of
-    `plain_weights` and, where there are virtual tokens, `trained_weights`."""
-    whole: PreTrainedModel = type(lm)._from_config(lm.config)
-    whole.load_state_dict(dict(weights), strict=False)
+    `plain_weights` and, where there are virtual tokens, `trained_weights`. It is made of their
+    memory, and on `device` where that has room."""
+    with no_init_weights():  # memory that is never touched, and buffers as they should be
+        whole: PreTrainedModel = type(lm)._from_config(lm.config)
+    whole.load_state_dict(dict(weights), strict=False, assign=True)
+    whole.tie_weights()
     tokens = getattr(lm, NAME, None)
     if isinstance(tokens, VirtualTokens):
         copy = VirtualTokens(whole, tokens.kind, tokens.count)
         copy.embedding.load_state_dict({"weight": trained[f"{NAME}.embedding.weight"]})
         copy.attach(whole)
-    return whole
+    return whole.to(device) if _fits(whole, device) else whole
+
+
+def _fits(lm: PreTrainedModel, device: torch.device) -> bool:
+    """Whether `device` has room for `lm`, and half as much for its use: one of a model that is
+    shared out may have none."""
+    if device.type != "cuda":
+        return True
+    size = sum(p.numel() * p.element_size() for p in lm.parameters())
+    return torch.cuda.mem_get_info(device)[0] > 1.5 * size
 
 
 def _attach_tokens(lm: PreTrainedModel, path: Path, form: dict[str, Any]) -> PreTrainedModel:

@@ -28,13 +28,21 @@ from raylign.config import EngineConfig, OptimizerConfig
 from raylign.models.adapters import find_adaptation
 from raylign.models.enclosure import Enclosure
 from raylign.models.folding import plain_weights, trained_weights
+from raylign.models.loading import DTYPES
+from raylign.models.precision import narrow
 from raylign.models.sequence import share_sequences
 from raylign.runtime import derive_seed
 from raylign.training import passes
 from raylign.training.deepspeed_settings import describe
-from raylign.training.deepspeed_state import inner_optimizer, list_shards, refresh
+from raylign.training.deepspeed_state import (
+    add_gradients,
+    hand_over,
+    inner_optimizer,
+    list_shards,
+    refresh,
+)
 from raylign.training.deepspeed_tensor import (
-    gather_whole,
+    gather_tensors,
     list_places,
     mark_masters,
     measure_norm,
@@ -76,21 +84,18 @@ class DeepSpeedEngine:
             require_divisible(config, model.config)
         self._share_sequences(topology, config.timeout_s)
         shapes = {name: p.shape for name, p in model.named_parameters()}
+        # DeepSpeed would make the masters of weights that have been rounded before.
+        rounded = config.dtype != "float32"
+        exact = {n: p.data for n, p in model.named_parameters() if p.requires_grad and rounded}
         client = build_optimizer(model.parameters(), optimizer)
         if self._stage == 0:
             self._clip_in(client, optimizer.clip)
         else:
             self._stop_before_nonsense(client)
-        enclosure = Enclosure(model)
-        head = model.get_output_embeddings()
-        if self._stage == 3 and head is not None:
-            # A language head's weight is used by bodies, outside the module that owns it.
-            deepspeed.zero.register_external_parameter(enclosure, head.weight)
-        self._deepspeed = _open_deepspeed(
-            enclosure,
-            client,
-            describe(config, model, 0.0 if self._stage == 0 else optimizer.clip),
-        )
+        clip = 0.0 if self._stage == 0 else optimizer.clip
+        settings = describe(config, model, clip)
+        narrow(model, DTYPES[config.dtype])
+        self._deepspeed = _open_deepspeed(model, client, settings, self._stage)
         self.module: nn.Module = self._deepspeed
         self.device = torch.device(self._deepspeed.device)
         if topology.tensor > 1:
@@ -102,10 +107,23 @@ class DeepSpeedEngine:
         self._places: dict[str, Place] = {}
         if self._stage < 3:
             self._places = list_places(model, shapes, topology.place(self.rank, "tensor"))
+        self._sums: dict[nn.Parameter, torch.Tensor] | None = None
+        if rounded:
+            self._begin(exact)
         # DeepSpeed makes groups of its own, with torch's timeout of half an hour.
         for group in (self._deepspeed.seq_data_parallel_group, self._tensor):
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=config.timeout_s), group)
+
+    def _begin(self, exact: dict[str, torch.Tensor]) -> None:
+        """Make masters of float32 weights, which DeepSpeed has not seen. Without ZeRO it has let
+        the optimizer take a step, of gradients that are zero: that counts, and decays weights."""
+        for shard in self._shards():
+            whole = shard.place.cut(exact[shard.name]).reshape(-1)
+            shard.fill(shard.flat, whole.narrow(0, shard.start, shard.numel))
+        if self._stage == 0:
+            inner_optimizer(self._deepspeed.optimizer).state.clear()
+            self._sums = {}
 
     def _share_sequences(self, topology: Topology, timeout_s: float) -> None:
         group = topology.open_group(timeout_s, "sequence")
@@ -119,11 +137,16 @@ class DeepSpeedEngine:
         # DeepSpeed averages over the ranks of which each has the gradient of its own loss; the loss
         # carries its global denominator already, and all ranks of a sequence compute the same.
         self._deepspeed.backward(loss * self.data_ranks)
+        if self._sums is not None:
+            add_gradients(self._sums, self._deepspeed.optimizer)
 
     def step(self, lr: float) -> float:
         set_rate(self._deepspeed.optimizer.param_groups, lr)
         self._norm = math.nan  # stays when DeepSpeed leaves the step out by itself, as it may
-        self._deepspeed.step()
+        if self._sums is None:
+            self._deepspeed.step()
+        else:
+            self._step_masters(self._sums)
         norm = self._norm if self._stage == 0 else self._deepspeed.get_global_grad_norm()
         require_finite(float(norm))
         return float(norm)
@@ -142,21 +165,19 @@ class DeepSpeedEngine:
             dist.all_reduce(values, group=self._data)
         return values
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        keep = everywhere or self.rank == 0
         if self._stage == 3:
-            return plain_weights(self.lm, deepspeed.zero.GatheredParameters)
-        if find_adaptation(self.lm):
+            return plain_weights(self.lm, deepspeed.zero.GatheredParameters, keep)
+        if find_adaptation(self.lm) or self._tensor is None:
             return plain_weights(self.lm)
-        return {
-            name: gather_whole(p.detach(), self._places[name], self._tensor)
-            for name, p in self.lm.named_parameters()
-        }
+        return dict(gather_tensors(self.lm, self._places, self._tensor, keep))
 
     def exportable(self) -> dict[str, torch.Tensor]:
         if not find_adaptation(self.lm):
             return self.weights()
         gather = deepspeed.zero.GatheredParameters if self._stage == 3 else None
-        return trained_weights(self.lm, gather)
+        return trained_weights(self.lm, gather, keep=self.rank == 0)
 
     def fragments(self) -> list[Fragment]:
         if self._stage == 0 and not self._first:
@@ -170,6 +191,17 @@ class DeepSpeedEngine:
     def _shards(self) -> list[Shard]:
         parameters = dict(self.lm.named_parameters())
         return list(list_shards(self._deepspeed.optimizer, parameters, self._places))
+
+    def _step_masters(self, sums: dict[nn.Parameter, torch.Tensor]) -> None:
+        """What DeepSpeed's step without ZeRO would do with bfloat16 gradients, with float32 ones:
+        reduce over ranks, and step the masters."""
+        wrapper = self._deepspeed.optimizer
+        self._deepspeed.buffered_allreduce_fallback(grads=hand_over(sums, wrapper))
+        inner = inner_optimizer(wrapper)
+        inner.step()
+        inner.zero_grad(set_to_none=True)
+        sums.clear()
+        refresh(wrapper)
 
     def _clip_in(self, client: torch.optim.Optimizer, clip: float) -> None:
         """Without ZeRO, DeepSpeed clips but does not tell the norm; so do both here, after it has
@@ -195,17 +227,32 @@ class DeepSpeedEngine:
 
 
 def _open_deepspeed(
-    enclosure: Enclosure, client: torch.optim.Optimizer, settings: dict[str, Any]
+    lm: PreTrainedModel, client: torch.optim.Optimizer, settings: dict[str, Any], stage: int
 ) -> deepspeed.DeepSpeedEngine:
+    """`lm` has the type of what is computed already."""
+    enclosure = Enclosure(lm)
     buffers = {name: b.clone() for name, b in enclosure.named_buffers() if b.is_floating_point()}
     # The groups of an engine before this one: DeepSpeed would go on using them.
     groups._release_process_group_references()
     with redirect_stdout(StringIO()):  # some of its optimizers print how much memory there is
+        if stage == 3:
+            _partition(enclosure, settings)
         engine, *_ = deepspeed.initialize(model=enclosure, optimizer=client, config=settings)
     for name, buffer in enclosure.named_buffers():
-        if name in buffers:  # rotary frequencies, which it has cast to the weights' type
-            buffer.data = buffers[name].to(engine.device)
+        # Rotary frequencies, which it may have cast to the weights' type; what it may not have
+        # moved where it was given partitions.
+        buffer.data = buffers.get(name, buffer).to(engine.device)
     return engine
+
+
+def _partition(enclosure: Enclosure, settings: dict[str, Any]) -> None:
+    """Share out the weights one by one: `initialize` would move all of them to the device first."""
+    head = enclosure.lm.get_output_embeddings()
+    if head is not None:
+        # A language head's weight is used by bodies, outside the module that owns it.
+        deepspeed.zero.register_external_parameter(enclosure, head.weight)
+    deepspeed.init_distributed()
+    deepspeed.zero.Init(module=enclosure, config_dict_or_path=settings)
 
 
 def _ensure_process_group(timeout_s: float) -> None:

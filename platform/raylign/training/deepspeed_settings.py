@@ -26,6 +26,9 @@ def describe(config: EngineConfig, model: nn.Module, clip: float) -> dict[str, A
             "overlap_comm": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            # Numbers up to which a weight stays whole on every rank. DeepSpeed's own 1e5 would keep
+            # all of a small model; of a large one it is some vectors.
+            "stage3_param_persistence_threshold": min(100_000, numel // 100),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -44,4 +47,6 @@ def describe(config: EngineConfig, model: nn.Module, clip: float) -> dict[str, A
         settings["bf16"] = {"enabled": True}
         if config.zero_stage > 0:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.zero_stage < 2:  # those that reduce once a step, what they have summed in float32
+            settings["communication_data_type"] = "fp32"
     return settings

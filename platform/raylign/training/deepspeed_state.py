@@ -71,6 +71,28 @@ def refresh(optimizer: Any) -> None:
         optimizer.update_lp_params()
 
 
+@torch.no_grad()
+def add_gradients(sums: dict[nn.Parameter, torch.Tensor], optimizer: Any) -> None:
+    """Take the bfloat16 gradients of a backward pass into float32 `sums`, by parameter. `optimizer`
+    is DeepSpeed's without ZeRO."""
+    for parameter in (p for group in optimizer.fp16_groups for p in group):
+        if parameter.grad is not None:
+            gradient = parameter.grad.float()
+            sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+            parameter.grad = None
+
+
+def hand_over(sums: Mapping[nn.Parameter, torch.Tensor], optimizer: Any) -> list[torch.Tensor]:
+    """Make `sums` the gradients of the float32 masters, zero where there are none; all of them."""
+    found = []
+    for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for parameter, master in zip(group, masters, strict=True):
+            gradient = sums.get(parameter)
+            master.grad = torch.zeros_like(master) if gradient is None else gradient
+            found.append(master.grad)
+    return found
+
+
 def _find_flats(optimizer: Any) -> list[torch.Tensor]:
     """This rank's flat master of every parameter group; none without ZeRO."""
     for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):

@@ -8,7 +8,7 @@ inputs and gradients are the same there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,10 +72,17 @@ def list_places(lm: nn.Module, whole: Mapping[str, torch.Size], rank: int) -> di
     return places
 
 
-def gather_whole(
-    tensor: torch.Tensor, place: Place, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """The whole of a parameter, from all tensor ranks. Collective; without a cut, `tensor`."""
+def gather_tensors(
+    lm: nn.Module, places: Mapping[str, Place], group: dist.ProcessGroup, keep: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole parameters by name, on the CPU, one at a time; none without `keep`. Collective."""
+    for name, parameter in lm.named_parameters():
+        whole = _gather_whole(parameter.detach(), places[name], group)
+        if keep:
+            yield name, whole.cpu()
+
+
+def _gather_whole(tensor: torch.Tensor, place: Place, group: dist.ProcessGroup) -> torch.Tensor:
     if place.dim is None:
         return tensor
     mine = tensor.contiguous()

@@ -67,17 +67,19 @@ class Engine(Protocol):
         """
         ...
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All weights by Hugging Face name, whole on every rank, tied ones once, as a plain model
-        has them: adapters folded in, quantised ones dequantised. Collective.
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """All weights by Hugging Face name, whole, tied ones once, as a plain model has them:
+        adapters folded in, quantised ones dequantised. Collective.
 
-        They may share memory with the model: copy what must outlive the next step.
+        Weights that are shared out over ranks are put together one at a time, on the CPU, and for
+        the first rank alone, unless they are wanted `everywhere`. Others share memory with the
+        model: copy what must outlive the next step.
         """
         ...
 
     def exportable(self) -> dict[str, torch.Tensor]:
-        """What `export_model` writes, whole on every rank: `weights`, but of an adapted model the
-        trained ones, by their name in `lm`. Collective; memory as of `weights`."""
+        """What `export_model` writes on the first rank: `weights`, but of an adapted model the
+        trained ones, by their name in `lm`. Collective; where and in whose memory as `weights`."""
         ...
 
     def fragments(self) -> list[Fragment]:

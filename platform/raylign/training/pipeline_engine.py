@@ -153,14 +153,13 @@ class PipelineEngine:
         self._publish()
         return norm
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Whole on every rank, so each needs room for the whole model."""
-        return self._gather(plain_weights(self.lm))
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        return self._gather(plain_weights(self.lm), everywhere or self.rank == 0)
 
     def exportable(self) -> dict[str, torch.Tensor]:
         if find_adaptation(self.lm) is None:
             return self.weights()
-        return self._gather(trained_weights(self.lm))
+        return self._gather(trained_weights(self.lm), self.rank == 0)
 
     def fragments(self) -> list[Fragment]:
         """What two stages hold comes from the first, and without ZeRO everything from the first
@@ -280,23 +279,27 @@ class PipelineEngine:
     def _state(self) -> Mapping[torch.Tensor, Mapping[str, Any]]:
         return {} if self._optimizer is None else self._optimizer.state
 
-    def _gather(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What all stages hold, the first of those that hold the same. Collective."""
+    def _gather(self, held: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+        """What all stages hold, the first of those that hold the same, on the CPU, one tensor at a
+        time; without `keep` nothing. Collective."""
         whole: dict[str, torch.Tensor] = {}
+        seen: set[str] = set()
         for stage, source in enumerate(self._chain):
             mine = stage == self._stage.stage
             table = [{name: (t.shape, t.dtype) for name, t in held.items()} if mine else {}]
             dist.broadcast_object_list(table, source, group=self._stages, device=self.device)
             for name, (shape, dtype) in table[0].items():
-                if name in whole:
+                if name in seen:
                     continue
+                seen.add(name)
                 tensor = (
                     held[name].contiguous()
                     if mine
                     else torch.empty(shape, dtype=dtype, device=self.device)
                 )
                 dist.broadcast(tensor, source, group=self._stages)
-                whole[name] = tensor
+                if keep:
+                    whole[name] = tensor.cpu()
         return whole
 
 

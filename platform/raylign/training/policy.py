@@ -119,7 +119,8 @@ class PolicyLearner:
         return torch.tensor([list(sequence)], device=self._engine.device)
 
     def _remember(self) -> None:
-        self.weights = {name: t.detach().cpu() for name, t in self._engine.weights().items()}
+        found = self._engine.weights(everywhere=self._scratch is not None)
+        self.weights = {name: t.detach().cpu() for name, t in found.items()}
         if self._scratch is not None:
             copies = {name: t.clone() for name, t in self.weights.items()}
             self._past.append((self.version, copies))

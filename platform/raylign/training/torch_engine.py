@@ -75,7 +75,7 @@ class TorchEngine:
             dist.all_reduce(values)
         return values
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self, everywhere: bool = False) -> dict[str, torch.Tensor]:
         return plain_weights(self.lm)
 
     def exportable(self) -> dict[str, torch.Tensor]:
