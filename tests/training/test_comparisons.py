@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from raylign.algorithms.preference import LOSSES, Answers, Numbers, kto, kto_kl
-from raylign.config import EngineConfig, OptimizerConfig, UserError
+from raylign.config import EngineConfig, UserError
 from raylign.data.comparisons import Answer, Compared
 from raylign.models.heads import (
     build_scorer,
@@ -27,10 +27,10 @@ from raylign.training.compared_rows import (
     ComparedFile,
     add_strangers,
     assemble_compared,
+    pick_answer,
     write_compared,
 )
 from raylign.training.comparisons import PreferenceObjective, RewardObjective, sum_logprobs
-from raylign.training.engine import build_engine
 from raylign.training.objectives import embed_batch
 from raylign.training.references import Reference
 
@@ -92,8 +92,11 @@ def test_log_probs_are_those_of_each_answer_alone(share: bool, lm: Any, tmp_path
     lengths = [[len(items[i].answers[side].token_ids) for side in (0, 1)] for i in (4, 1, 5, 2)]
     assert batch.lengths.tolist() == lengths
     for side in (0, 1):
-        one = sum_logprobs(lm, embed_batch(lm, batch), batch, answer=side)
-        assert torch.allclose(one, sums[:, side], atol=1e-5)
+        picked = pick_answer(whole, slice(1, 3), side)
+        assert picked.lengths.tolist() == [[row[side]] for row in lengths[1:3]]
+        part = assemble_compared(picked, slice(0, 2), "tokens", pad=0, share=share)
+        one = sum_logprobs(lm, embed_batch(lm, part), part)
+        assert torch.allclose(one[:, 0], sums[1:3, side], atol=1e-5)
 
 
 def test_only_marked_tokens_count(lm: Any, tmp_path: Path) -> None:
@@ -133,7 +136,8 @@ def add_gradients(
     sums: dict[str, Any] = {}
     if objective.surveyed:
         with torch.no_grad():
-            found = [objective.survey(lm, embed_batch(lm, batch), batch) for batch in batches]
+            surveyed = [objective.assemble_survey(whole, part) for part in parts]
+            found = [objective.survey(lm, embed_batch(lm, batch), batch) for batch in surveyed]
         total = sum(each["kl"] for each in found)
         totals = totals | {"kl": float(total[0] / total[1])}
     lm.zero_grad()
@@ -320,60 +324,3 @@ def test_models_of_the_other_kind_are_turned_away(tiny_model: Path, tmp_path: Pa
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         load_scorer(tmp_path)
-
-
-# --- References -----------------------------------------------------------------------------------
-
-
-def test_reference_log_probs_are_computed_once(tiny_model: Path, pairs: Path) -> None:
-    items = draw_pairs(7, 7)
-    reference = Reference(pairs / "cache", batch=3)
-    objective = PreferenceObjective(pairs, "dpo", Numbers(), 0, reference=reference)
-    engine = build_engine(ENGINE, load_model(tiny_model), OptimizerConfig())
-    objective.begin(engine, pairs)
-    found = objective.open("train").read(range(7)).reference
-    with torch.no_grad():
-        expected = [[float(score_alone(engine.lm, i, side)) for side in (0, 1)] for i in items]
-    assert np.allclose(found, expected, atol=1e-4)
-    assert (
-        ComparedFile(pairs, "validation", reference.cache / "validation.npy")
-        .read([0])
-        .reference.any()
-    )
-    before = (reference.cache / "train.npy").stat().st_mtime_ns
-    with torch.no_grad():
-        engine.lm.model.norm.weight.mul_(2)
-    objective.begin(engine, pairs)
-    assert (reference.cache / "train.npy").stat().st_mtime_ns == before
-    assert engine.module.training
-
-
-def test_another_policy_may_be_the_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    other = load_model(tiny_model)
-    with torch.no_grad():
-        other.model.norm.weight.mul_(1.5)
-    save_model(other, other.config, load_tokenizer(tiny_model), tmp_path / "other")
-    reference = Reference(pairs / "cache", tmp_path / "other")
-    objective = PreferenceObjective(pairs, "dpo", Numbers(), 0, reference=reference)
-    objective.begin(build_engine(ENGINE, load_model(tiny_model), OptimizerConfig()), pairs)
-    found = objective.open("validation").read(range(3)).reference
-    items = draw_pairs(3, 3)
-    with torch.no_grad():
-        expected = [[float(score_alone(other, i, side)) for side in (0, 1)] for i in items]
-    assert np.allclose(found, expected, atol=1e-4)
-
-
-def test_losses_without_reference_need_none(tiny_model: Path, pairs: Path) -> None:
-    objective = PreferenceObjective(pairs, "simpo", Numbers(), 0)
-    objective.begin(build_engine(ENGINE, load_model(tiny_model), OptimizerConfig()), pairs)
-    assert not (pairs / "cache").exists()
-
-
-def test_what_scores_depend_on_names_them(tmp_path: Path) -> None:
-    items = draw_pairs(3)
-    name = write_compared(items, tmp_path, "a")
-    assert write_compared([replace(i, value=9.0) for i in items], tmp_path, "b") == name
-    assert write_compared(items[:2], tmp_path, "c") != name
-    assert write_compared([make([5], [6], [7])], tmp_path, "d") != write_compared(
-        [make([5, 6], [7], [7])], tmp_path, "e"
-    )

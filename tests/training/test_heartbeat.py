@@ -77,6 +77,27 @@ def test_nobody_is_named_while_somebody_moves(tmp_path: Path) -> None:
         assert look(watch, tmp_path, second, 30, MARK, busy) is None
 
 
+def test_a_long_phase_is_named_only_when_it_has_kept_others_waiting(tmp_path: Path) -> None:
+    """Loading, reading or computing for long is no fault: keeping somebody waiting for long is."""
+    watch = make_watch(tmp_path)
+    slow, busy = replace(MARK, rank=1, waiting=False), replace(MARK, waiting=False)
+    assert look(watch, tmp_path, 0, 50, busy, slow) is None
+    found = look(watch, tmp_path, 50, 60, MARK, slow)  # the first has come to the collective
+    assert found is not None and found[0] == 46 and found[1].mark.rank == 1
+    assert "has not moved for 96 s" in found[1].describe()
+
+
+def test_waiting_begins_again_with_every_sign_of_progress(tmp_path: Path) -> None:
+    """As in a wait that is made of many short collectives."""
+    watch = make_watch(tmp_path)
+    slow = replace(MARK, rank=1, waiting=False)
+    for second in range(0, 160, 40):
+        patient = replace(MARK, count=second)
+        assert look(watch, tmp_path, second, 40, patient, slow) is None
+    found = look(watch, tmp_path, 160, 60, patient, slow)
+    assert found is not None and found[0] == 6
+
+
 def test_nobody_is_named_when_all_wait_or_all_compute(tmp_path: Path) -> None:
     for waiting in (True, False):
         marks = [replace(MARK, rank=rank, waiting=waiting) for rank in range(3)]

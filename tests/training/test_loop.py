@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
+import os
+import signal
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
 
 from raylign.config import (
     CheckpointConfig,
@@ -22,15 +27,31 @@ from raylign.config import (
     ScheduleConfig,
     UserError,
 )
+from raylign.data.chat import Conversation
 from raylign.data.packing import ShardWriter, pack, write_index
 from raylign.models.assembly import ModelPlan
 from raylign.models.loading import initialise, load_model, load_tokenizer, save_model
 from raylign.models.presets import build_config
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, read_lines
 from raylign.training.checkpoints import list_checkpoints
-from raylign.training.loop import CHECKPOINTS, SAMPLES_FILE, SupervisedLoop, SupervisedTask
+from raylign.training.divergence import keep_rows
+from raylign.training.heartbeat import Pulse
+from raylign.training.loop import (
+    CHECKPOINTS,
+    SAMPLES_FILE,
+    SupervisedLoop,
+    SupervisedTask,
+    _rewind,
+)
 from raylign.training.objectives import LanguageObjective
-from raylign.training.rows import CorpusRows, Rows, TextRows
+from raylign.training.rows import (
+    CorpusRows,
+    DemonstrationRows,
+    Rows,
+    TextRows,
+    write_demonstrations,
+)
+from raylign.training.sampling import Sampler
 
 VOCABULARY = 57
 CONFIG = build_config(
@@ -181,36 +202,38 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
         assert recorded[0] == recorded[1]
 
 
-def test_a_checkpoint_of_something_else_is_refused(
-    shards: Path, tiny_model: Path, tmp_path: Path
+def test_metrics_are_whole_when_a_rewind_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / METRICS_FILE
+    file.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 9)))
+    before = file.read_text()
+    child = os.fork()
+    if child == 0:
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        _rewind(file, 5)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert file.read_text() == before
+    _rewind(file, 5)
+    assert [row["step"] for row in read_lines(file)] == [1, 2, 3, 4, 5]
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_others_see_life_while_the_first_rank_writes_samples(
+    shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = replace(make_task(shards, tiny_model, tmp_path / "out"), prompts=(), checkpoint_every=4)
-    task = replace(task, steps=6)
-    SupervisedLoop(task).run()
-    other_tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(tiny_model, other_tokenizer)
-    (other_tokenizer / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    wider = build_config(
-        ModelConfig(hidden_size=32, layers=1, ffn_size=24, context=32),
-        VOCABULARY,
-        pad_id=0,
-        eos_id=1,
-    )
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"model": ModelPlan(wider, seed=1)},
-        "tokenizer": {"tokenizer": other_tokenizer},
-        "seed": {"seed": 3},
-        "batch size": {"batch_size": 5},
-        "steps": {"steps": 7},
-        "task": {"optimizer": OptimizerConfig(lr=2e-2)},
-    }
-    for what, change in changes.items():
-        with pytest.raises(UserError) as caught:
-            SupervisedLoop(replace(task, **change)).run()
-        assert f"step-00000004 is a checkpoint of another {what} (" in str(caught.value)
-        assert "set pretrain.checkpoints.resume=never" in str(caught.value)
-    # What only says where and how it is computed may change.
-    SupervisedLoop(replace(task, micro_batch_size=3, threads=2)).run()
+    complete, counts = Sampler.complete, []
+    pulse = Pulse(tmp_path / "pulse", 0)
+
+    def complete_slowly(self: Sampler, prompt: Sequence[int], tokens: int) -> str:
+        counts.append(pulse._mark.count)
+        time.sleep(0.2)
+        return complete(self, prompt, tokens)
+
+    monkeypatch.setattr(Sampler, "complete", complete_slowly)
+    task = replace(make_task(shards, tiny_model, tmp_path / "out"), steps=1)
+    SupervisedLoop(task, pulse).run()
+    pulse.stop()
+    assert counts[1] - counts[0] >= 3
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_recorded(
@@ -259,4 +282,21 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_shows_the_batch(
     kept = tmp_path / "diverged/pretrain-step-00000001"
     rows = np.load(kept / "rows.npz")
     assert rows["tokens"].shape == (6, 16) and len(rows["index"]) == 6
-    assert [row["row"] for row in read_lines(kept / "rows.jsonl")] == rows["index"].tolist()
+    lines = read_lines(kept / "rows.jsonl")
+    assert [row["row"] for row in lines] == rows["index"].tolist()
+    assert [row["source_rows"] for row in lines] == [[]] * 6
+
+
+def test_a_diverged_batch_names_lines_of_the_users_file(tiny_model: Path, tmp_path: Path) -> None:
+    conversations = [
+        Conversation(np.full(4, 5, np.int32), np.ones(4, bool), row) for row in range(1, 13)
+    ]
+    write_demonstrations(conversations, 16, 0, tmp_path, "train")
+    rows = DemonstrationRows(tmp_path, "train")
+    indices = np.array([2, 0])
+    tokenizer = load_tokenizer(tiny_model)
+    keep_rows(tmp_path / "kept", indices, rows.read(indices), rows, tokenizer)
+    lines = read_lines(tmp_path / "kept" / "rows.jsonl")
+    assert [line["row"] for line in lines] == [2, 0]
+    assert all(len(set(line["source_rows"])) == 4 for line in lines)
+    assert not set(lines[0]["source_rows"]) & set(lines[1]["source_rows"])

@@ -16,6 +16,7 @@ from raylign.training.rows import (
     TextRows,
     assemble,
     deal,
+    interleave,
     write_demonstrations,
 )
 
@@ -114,6 +115,36 @@ def test_every_row_is_dealt_once_in_equally_many_pieces(
     dealt = [list(range(rows))[part] for hand in hands for part in hand]
     assert all(len(part) <= micro_batch for part in dealt)
     assert sorted(row for part in dealt for row in part) == list(range(rows))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 8, 17, 64])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro_batch", [1, 3, 16])
+def test_neighbours_are_dealt_to_different_ranks_at_the_same_time(
+    rows: int, ranks: int, micro_batch: int
+) -> None:
+    hands = [interleave(rows, rank, ranks, micro_batch) for rank in range(ranks)]
+    assert len({len(hand) for hand in hands}) == 1
+    dealt = [[list(range(rows))[part] for part in hand] for hand in hands]
+    assert all(len(part) <= micro_batch for hand in dealt for part in hand)
+    assert sorted(row for hand in dealt for part in hand for row in part) == list(range(rows))
+    for turn in zip(*dealt, strict=True):  # what is computed together is near to each other
+        places = [row for part in turn for row in part]
+        assert not places or max(places) - min(places) < ranks * (micro_batch + 1)
+
+
+def test_rows_are_traced_to_the_users_file(tmp_path: Path, shards: Path) -> None:
+    conversations = [
+        Conversation(np.full(length, row, np.int32), np.ones(length, bool), row)
+        for row, length in ((3, 4), (3, 3), (8, 8), (11, 1), (15, 5))
+    ]
+    count = write_demonstrations(conversations, 8, 99, tmp_path, "train")
+    rows = DemonstrationRows(tmp_path, "train")
+    for row in range(count):
+        found = rows.read([row])
+        held = found.tokens[found.segments > 0].tolist()
+        assert rows.trace(row) == list(dict.fromkeys(held))
+    assert CorpusRows(shards, "train", isolate=True).trace(0) == []
 
 
 def test_no_rows_can_be_read(tmp_path: Path) -> None:

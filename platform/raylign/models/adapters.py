@@ -21,11 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from raylign.config import AdapterConfig, UserError
 from raylign.config.training import PeftKind
+from raylign.models.budget import FOLDABLE
+from raylign.models.fingerprint import fingerprint_weights
 from raylign.models.prompts import NAME, VirtualTokens
 from raylign.models.quantization import count_weights, quantize, quieten
 
-FOLDABLE: tuple[PeftKind, ...] = ("lora", "qlora", "dora", "loraplus", "vera", "loha")
-"""Kinds that can be folded into the weights they adapt."""
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 QUANTIZATION_FILE = "quantization.json"
@@ -53,6 +53,8 @@ class Adaptation:
     """Trained parameters by kind of module."""
     parameters: int
     """All of them, the adapter's included."""
+    fingerprint: str
+    """Of the base's weights, before they were quantised."""
 
     @property
     def foldable(self) -> bool:
@@ -89,6 +91,7 @@ def adapt(
     known = decoder | {id(p) for p in language.parameters()} if language is not None else decoder
     head = tuple(name for name, p in lm.named_parameters() if id(p) not in known)
     lm.requires_grad_(False)
+    fingerprint = fingerprint_weights((n, p) for n, p in lm.named_parameters() if n not in head)
     quieten()
     quantization = None
     if kind == "qlora":
@@ -116,6 +119,7 @@ def adapt(
         quantization=quantization,
         trained=dict(sorted(trained.items())),
         parameters=sum(count_weights(p) for p in lm.parameters()),
+        fingerprint=fingerprint,
     )
     return lm
 

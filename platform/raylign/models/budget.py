@@ -13,6 +13,8 @@ from typing import Any, Literal
 from raylign.config import AdapterConfig, UserError
 from raylign.config.training import PeftKind
 
+FOLDABLE: tuple[PeftKind, ...] = ("lora", "qlora", "dora", "loraplus", "vera", "loha")
+"""Adapters that can be folded into the weights they adapt."""
 CHINCHILLA = 20
 """Training tokens a parameter at which model and data grow together (Hoffmann et al., 2022)."""
 

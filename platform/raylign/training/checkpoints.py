@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,24 +171,6 @@ def require_same(
             )
 
 
-def require_room(root: Path, checkpoint: int, model: int, saves: int, keep: int, name: str) -> None:
-    """Raises `UserError` when the disk has no room for what the stage `name` will write.
-
-    checkpoint, model: bytes of a checkpoint, and of what is exported at the end. saves: how many
-    checkpoints there will be. One more than `keep` is there while the oldest is not yet removed.
-    """
-    present = sum(file.stat().st_size for file in _list_files(root))
-    needed = checkpoint * min(saves, keep + 1) + model - present
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"{name} needs {_in_words(needed)} in {root.parent} ({min(saves, keep + 1)} "
-            f"checkpoints of {_in_words(checkpoint)} and the model) and the disk has "
-            f"{_in_words(free)} free; free some, lower {name}.checkpoints.keep or raise "
-            f"{name}.checkpoint_every"
-        )
-
-
 def retain(root: Path, destination: Path, what: Literal["none", "models", "all"]) -> None:
     """Put what stays of the checkpoints below `destination`: links, so that nothing is written
     twice and `root` stays whole until the stage is finished."""
@@ -243,17 +225,6 @@ def _forget_cached(file: Path) -> None:
             os.close(descriptor)
 
 
-def _list_files(root: Path) -> Iterator[Path]:
-    return (path for path in root.rglob("*") if path.is_file())
-
-
 def _shorten(value: Any) -> str:
     text = str(value)
     return text[:12] if len(text) == 64 else text
-
-
-def _in_words(size: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size / 2**10:.0f} KiB"

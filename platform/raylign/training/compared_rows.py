@@ -99,6 +99,12 @@ class ComparedFile:
         self._tokens, self._marks, self._starts, self._ends, self._values = arrays
         self._file, self._reference = reference, None if reference is None else np.empty((0, 0))
         self.count = len(self._values)
+        self._sources = directory / f"{split}.sources.npy"
+
+    def trace(self, index: int) -> list[int]:
+        """The row of the file of judged answers; of kto without that of the stranger behind it."""
+        row = int(np.load(self._sources, mmap_mode="r")[index])
+        return [row] if row else []
 
     @property
     def answers(self) -> int:
@@ -151,6 +157,7 @@ def write_compared(items: Sequence[Compared], directory: Path, split: str) -> st
         np.save(directory / f"{split}.{name}.npy", arrays[name])
         if name != "values":
             digest.update(arrays[name].tobytes())
+    np.save(directory / f"{split}.sources.npy", np.array([item.row for item in items], np.int64))
     return digest.hexdigest()
 
 
@@ -165,6 +172,24 @@ def add_strangers(items: Sequence[Compared], max_length: int) -> list[Compared]:
         cut = Answer(stranger.token_ids[:room], stranger.marks[:room])
         paired.append(replace(item, answers=(item.answers[0], cut)))
     return paired
+
+
+def pick_answer(rows: ComparedRows, part: slice, answer: int) -> ComparedRows:
+    """Rows of `part` with one of their answers each, right behind the prompt."""
+    ends, tokens, marks = rows.ends[part], rows.tokens[part], rows.marks[part]
+    prompt, begun = ends[:, 0], ends[:, answer]
+    end = prompt + ends[:, answer + 1] - begun
+    columns = np.arange(max(1, int(end.max(initial=0))))
+    source = columns + np.where(columns < prompt[:, None], 0, (begun - prompt)[:, None])
+    source = np.minimum(source, tokens.shape[1] - 1)
+    inside = columns < end[:, None]
+    return ComparedRows(
+        np.where(inside, np.take_along_axis(tokens, source, axis=1), 0),
+        np.where(inside, np.take_along_axis(marks, source, axis=1), 0).astype(np.uint8),
+        np.stack([prompt, end], axis=1),
+        rows.values[part],
+        rows.reference[part][:, answer : answer + 1],
+    )
 
 
 def assemble_compared(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from raylign.training.compared_rows import (
     ComparedRows,
     ComparisonBatch,
     assemble_compared,
+    pick_answer,
 )
 from raylign.training.engine import Engine
 from raylign.training.references import Reference, write_reference
@@ -78,13 +79,19 @@ class PreferenceObjective:
         scores = None if self.reference is None else self.reference.cache / f"{split}.npy"
         return ComparedFile(self.directory, split, scores)
 
-    def begin(self, engine: Engine, scratch: Path) -> None:
+    def begin(self, engine: Engine, scratch: Path, beat: Callable[[], None] = lambda: None) -> None:
         """Score all answers under the reference, unless an earlier stage or start did."""
         if self._row.needs_reference:
             assert self.reference is not None, f"{self.loss_name} needs a reference"
             for split in ("train", "validation"):
                 write_reference(
-                    engine, self.reference, self.directory, split, self.assemble, sum_logprobs
+                    engine,
+                    self.reference,
+                    self.directory,
+                    split,
+                    self._assemble_all,
+                    sum_logprobs,
+                    beat,
                 )
 
     def count(self, whole: ComparedRows) -> dict[str, float]:
@@ -92,12 +99,26 @@ class PreferenceObjective:
         return {"rows": max(1, len(whole.values)), "chosen_tokens": max(1, chosen)}
 
     def assemble(self, whole: ComparedRows, part: slice, step: int) -> ComparisonBatch:
+        """kto: without the strangers, whose states its loss never reads."""
+        if self._row.pair_loss is None:
+            return self._assemble_one(whole, part, 0)
+        return self._assemble_all(whole, part, step)
+
+    def assemble_survey(self, whole: ComparedRows, part: slice) -> ComparisonBatch:
+        """kto: the strangers alone."""
+        return self._assemble_one(whole, part, 1)
+
+    def _assemble_all(self, whole: ComparedRows, part: slice, step: int) -> ComparisonBatch:
         return assemble_compared(whole, part, "tokens", pad=self.pad, share=self.share_prompts)
+
+    def _assemble_one(self, whole: ComparedRows, part: slice, answer: int) -> ComparisonBatch:
+        rows = pick_answer(whole, part, answer)
+        everything = slice(0, len(rows.values))
+        return assemble_compared(rows, everything, "tokens", pad=self.pad, share=False)
 
     def survey(self, lm: PreTrainedModel, hidden: torch.Tensor, batch: ComparisonBatch) -> Sums:
         """kto: the log-ratio of answers to other prompts."""
-        sums = sum_logprobs(lm, hidden, batch, answer=1)
-        ratios = sums - batch.reference[:, 1]
+        ratios = (sum_logprobs(lm, hidden, batch) - batch.reference)[:, 0]
         return {"kl": tally(ratios.sum(), len(ratios))}
 
     def loss(
@@ -136,7 +157,7 @@ class PreferenceObjective:
         totals: Mapping[str, float],
     ) -> tuple[torch.Tensor, Sums]:
         answers = Answers(
-            sum_logprobs(lm, hidden, batch, answer=0),
+            sum_logprobs(lm, hidden, batch)[:, 0],
             batch.lengths[:, 0].clamp(min=1),
             batch.reference[:, 0],
         )
@@ -169,7 +190,7 @@ class RewardObjective:
     def open(self, split: str) -> ComparedFile:
         return ComparedFile(self.directory, split)
 
-    def begin(self, engine: Engine, scratch: Path) -> None:
+    def begin(self, engine: Engine, scratch: Path, beat: Callable[[], None] = lambda: None) -> None:
         """Nothing to prepare."""
 
     def count(self, whole: ComparedRows) -> dict[str, float]:
@@ -179,6 +200,10 @@ class RewardObjective:
     def assemble(self, whole: ComparedRows, part: slice, step: int) -> ComparisonBatch:
         scoring: Literal["marks", "ends"] = "marks" if self.kind == "process" else "ends"
         return assemble_compared(whole, part, scoring, pad=self.pad, share=self.share_prompts)
+
+    def assemble_survey(self, whole: ComparedRows, part: slice) -> ComparisonBatch:
+        """Nothing to survey."""
+        return self.assemble(whole, part, 0)
 
     def survey(self, lm: PreTrainedModel, hidden: torch.Tensor, batch: ComparisonBatch) -> Sums:
         """Nothing to survey."""
@@ -203,18 +228,12 @@ class RewardObjective:
         return total / totals["rows"], _tally_all(found) | {"loss": tally(total, len(losses))}
 
 
-def sum_logprobs(
-    lm: PreTrainedModel, hidden: torch.Tensor, batch: ComparisonBatch, answer: int | None = None
-) -> torch.Tensor:
-    """Sum of log-probs of each answer's marked tokens, float32 [B, A]; or [B] of one answer a row.
+def sum_logprobs(lm: PreTrainedModel, hidden: torch.Tensor, batch: ComparisonBatch) -> torch.Tensor:
+    """Sum of log-probs of each answer's marked tokens, float32 [B, A].
 
     hidden: [S, T, width]. Only states that are read are projected onto the vocabulary.
     """
     places, targets, lengths = batch.places, batch.targets, batch.lengths
-    if answer is not None:
-        owner = torch.arange(lengths.numel(), device=lengths.device) % max(1, lengths.shape[1])
-        kept = owner.repeat_interleave(lengths.flatten()) == answer
-        places, targets, lengths = places[kept], targets[kept], lengths[:, answer]
     states = hidden.flatten(0, 1).index_select(0, places)
 
     scores, _ = score_targets(lm, states, targets, entropies=False)

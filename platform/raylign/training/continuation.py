@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raylign.config import CheckpointConfig, UserError
+from raylign.models.adapters import find_adaptation
 from raylign.models.loading import DTYPES
+from raylign.models.quantization import count_weights
 from raylign.run import hash_json
 from raylign.training.checkpoints import (
     STATE,
@@ -24,7 +26,6 @@ from raylign.training.checkpoints import (
     Event,
     clear_drafts,
     find_newest,
-    require_room,
     require_same,
     verify,
 )
@@ -32,9 +33,10 @@ from raylign.training.engine import Engine
 from raylign.training.export import export_model
 from raylign.training.fragments import StoredState
 from raylign.training.peers import Peers
+from raylign.training.room import Demand, require_room
 from raylign.training.saving import Plan, Saver
 
-_OF_THE_MODEL = ("model", "tokenizer")
+_OF_THE_MODEL = ("model", "base_model", "tokenizer")
 
 _BYTES = 4 * 3  # of a trained weight: master and two moments in float32
 
@@ -47,7 +49,9 @@ class Outline:
     trained: int
     """Weights that are trained."""
     exported: int
-    """Bytes of the model, or of the adapter, that other tools load."""
+    """Bytes of the model, or of the adapter, that other tools load, in every checkpoint."""
+    final: int
+    """Bytes of all that the finished stage holds for them."""
 
 
 def outline(
@@ -63,16 +67,27 @@ def outline(
         fields.pop(volatile, None)
     vocabulary = sorted(tokenizer.get_vocab().items())
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    size, adaptation = DTYPES[dtype].itemsize, find_adaptation(lm)
+    exported = final = trained * size
+    if adaptation is not None and adaptation.foldable:
+        kept = (p for n, p in lm.named_parameters() if n in adaptation.head or not p.requires_grad)
+        final += sum(count_weights(p) for p in kept) * size
     identity = {
         "model": hash_json([fields, shapes]),
+        "base_model": "" if adaptation is None else adaptation.fingerprint,
         "tokenizer": hash_json([vocabulary, tokenizer.chat_template, tokenizer.eos_token_id]),
         **task,
     }
-    return Outline(identity, trained, trained * DTYPES[dtype].itemsize)
+    return Outline(identity, trained, exported, final)
 
 
 def describe_value(value: Any) -> Any:
-    """What a frozen value says, without addresses in memory, the same in every process."""
+    """What a frozen value says, without addresses in memory, the same in every process; nothing of
+    where files are, which may be moved. What has an `identity` says that in its place."""
+    if isinstance(value, Path):
+        return ""
+    if hasattr(value, "identity"):
+        return value.identity
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: describe_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if hasattr(value, "model_dump"):
@@ -93,14 +108,19 @@ class Continuation:
         form: Outline,
         *,
         dtype: str,
+        saves: int,
         timeout_s: float,
         beat: Callable[[], None],
     ) -> None:
-        """name: the stage, as in the user's recipe. `beat` is called as long as ranks wait."""
+        """name: the stage, as in the user's recipe. saves: how many checkpoints the run makes in
+        all. `beat` is called as long as ranks wait."""
         self._name, self._root, self._engine, self._tokenizer = name, root, engine, tokenizer
         self._config, self._outline, self._dtype, self._beat = config, form, dtype, beat
         self._peers = Peers(engine.rank, engine.world_size, engine.device)
         self._events: list[Event] = []
+        self._found: tuple[Path, int, dict[str, Any]] | None = None
+        size = form.trained * _BYTES + form.exported
+        self.demand = Demand(size, form.final, saves, config.keep)
         plan = Plan(
             root=root,
             rank=engine.rank,
@@ -113,16 +133,17 @@ class Continuation:
         )
         self._saver = Saver(plan, self._export)
 
-    def resume(self, saves: int) -> tuple[int, dict[str, Any]]:
-        """Steps that were taken, and the progress of then; (0, {}) for a new run.
+    def find(self) -> None:
+        """Look for the checkpoint to go on from. Raises `UserError` on every rank for one of
+        something else, and when the disk has no room for what will be written."""
+        self._found = self._peers.ask_first(self._find, self._beat)
 
-        saves: how many checkpoints the run makes in all. Raises `UserError` on every rank for a
-        checkpoint of something else, and when the disk has no room for what will be written.
-        """
-        found = self._peers.ask_first(lambda: self._find(saves), self._beat)
-        if found is None:
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Go on from what was found: steps that were taken, and the progress of then; (0, {}) for
+        a new run."""
+        if self._found is None:
             return 0, {}
-        path, step, progress = found
+        path, step, progress = self._found
         self._engine.restore(StoredState(path / STATE))
         return step, progress
 
@@ -142,14 +163,13 @@ class Continuation:
         events, self._events = self._events, []
         return events + self._saver.take_events()
 
-    def _find(self, saves: int) -> tuple[Path, int, dict[str, Any]] | None:
+    def _find(self) -> tuple[Path, int, dict[str, Any]] | None:
         self._root.mkdir(parents=True, exist_ok=True)
         clear_drafts(self._root)
         found, events = find_newest(self._root)
         self._events += events
         form, config = self._outline, self._config
-        size = form.trained * _BYTES + form.exported
-        require_room(self._root, size, form.exported, saves, config.keep, self._name)
+        require_room(self._root, self.demand, self._name)
         if found is not None:
             path, checkpoint = found
             require_same(path, checkpoint.identity, form.identity, self._name)

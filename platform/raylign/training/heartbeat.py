@@ -129,6 +129,8 @@ class _Seen:
     mark: Mark
     alive: float
     progress: float
+    waiting: float | None
+    """Since when it waits for others, and nothing else."""
 
 
 class Watch:
@@ -151,11 +153,13 @@ class Watch:
         for rank, mark in found.items():
             old = self._seen.get(rank)
             if old is None or (old.mark.pid, old.mark.born) != (mark.pid, mark.born):
-                self._seen[rank] = _Seen(mark, now, now)
+                self._seen[rank] = _Seen(mark, now, now, now if mark.waiting else None)
                 continue
             alive = now if mark.beat != old.mark.beat else old.alive
-            progress = now if mark.count != old.mark.count else old.progress
-            self._seen[rank] = _Seen(mark, alive, progress)
+            moved = mark.count != old.mark.count
+            progress = now if moved else old.progress
+            since = now if moved or old.waiting is None else old.waiting
+            self._seen[rank] = _Seen(mark, alive, progress, since if mark.waiting else None)
         return self._judge(now)
 
     def _judge(self, now: float) -> Laggard | None:
@@ -166,8 +170,10 @@ class Watch:
             return Laggard(first.mark, "has given no sign", now - first.alive)
         if not seen or any(now - s.progress <= self._patience for s in seen):
             return None
-        waiting = [s for s in seen if s.mark.waiting]
-        behind = [s for s in seen if not s.mark.waiting] if waiting else _find_behind(seen)
+        waits = [now - s.waiting for s in seen if s.waiting is not None]
+        if waits and max(waits) <= self._patience:
+            return None  # it takes long, but it has not kept anybody for long
+        behind = [s for s in seen if s.waiting is None] if waits else _find_behind(seen)
         if not behind:
             return None
         last = min(behind, key=lambda s: (*_place(s.mark), s.mark.rank))

@@ -6,8 +6,8 @@ interrupted and resumed from a checkpoint ends with the same weights as one that
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from raylign.config import (
     CheckpointConfig,
@@ -35,14 +34,18 @@ from raylign.run import hash_json
 from raylign.runtime import derive_seed
 from raylign.tracking import METRICS_FILE, JsonTracker, read_lines
 from raylign.training.continuation import Continuation, describe_value, outline
+from raylign.training.divergence import keep_rows
 from raylign.training.engine import DivergenceError, Engine, build_engine
 from raylign.training.export import export_stage
 from raylign.training.heartbeat import Pulse
 from raylign.training.objectives import Objective
+from raylign.training.peers import Peers
+from raylign.training.room import explain_full
 from raylign.training.rows import Rows, Whole, deal
 from raylign.training.sampling import SAMPLES_FILE, Sampler
 from raylign.training.schedule import learning_rate
 from raylign.training.sums import LossFunction, Sums, add
+from raylign.training.validation import Validation, average
 
 LOG_EVERY = 10
 CHECKPOINTS = ".checkpoints"
@@ -86,13 +89,20 @@ class SupervisedLoop:
         """`pulse` is told what is being done, for those who watch from outside."""
         self._task, self._objective, self._pulse = task, task.objective, pulse
         self._train: Rows[Any] = task.objective.open("train")
-        self._validation: Rows[Any] = task.objective.open("validation")
         self._tokenizer = load_tokenizer(task.tokenizer)
         model = task.model.build()
         self._parameters = sum(count_weights(p) for p in model.parameters())
         form = outline(model, self._tokenizer, _identify(task), task.engine.dtype)
         self._trainable = form.trained
         self._engine: Engine = build_engine(task.engine, model, task.optimizer)
+        self._peers = Peers(self._engine.rank, self._engine.world_size, self._engine.device)
+        self._validation = Validation(
+            self._engine,
+            task.objective,
+            task.micro_batch_size,
+            task.engine.pipeline_parallel,
+            self._touch,
+        )
         self._checkpoints = Continuation(
             task.name,
             task.output / CHECKPOINTS,
@@ -101,6 +111,7 @@ class SupervisedLoop:
             task.checkpoints,
             form,
             dtype=task.engine.dtype,
+            saves=(task.steps - 1) // task.checkpoint_every,
             timeout_s=task.engine.timeout_s,
             beat=self._touch,
         )
@@ -114,7 +125,8 @@ class SupervisedLoop:
         when loss or gradient are no longer numbers.
         """
         task = self._task
-        self._objective.begin(self._engine, task.output / SCRATCH)
+        self._checkpoints.find()  # what is refused is refused before anything takes long
+        self._objective.begin(self._engine, task.output / SCRATCH, self._touch)
         first = self._resume()
         tracker = JsonTracker(task.output) if self._engine.rank == 0 else None
         if tracker is not None:
@@ -135,7 +147,8 @@ class SupervisedLoop:
                 self._mark(done, "measuring")
                 values = self._measure() | {"lr": rate, "grad_norm": norm}
                 if check and self._validation.count:
-                    values |= self._validate()
+                    found = self._validation.measure()
+                    values |= {f"validation_{name}": value for name, value in found.items()}
                 if tracker is not None:
                     tracker.log(done, values)
             if check:
@@ -152,6 +165,11 @@ class SupervisedLoop:
         if tracker is not None:
             tracker.close()
         return self._export()
+
+    def explain_full(self) -> str:
+        """What to tell the user when the disk is full."""
+        root = self._task.output / CHECKPOINTS
+        return explain_full(self._task.name, root, self._checkpoints.demand)
 
     def _record(self, tracker: JsonTracker | None) -> None:
         """What became of checkpoints."""
@@ -178,10 +196,12 @@ class SupervisedLoop:
         # Every rank reads what the denominators of the whole batch need: nothing to communicate.
         whole: Whole = self._train.read(rows)
         totals = objective.count(whole)
-        batches = list(self._cut(whole, len(rows), step))
+        parts = deal(len(rows), engine.data_rank, engine.data_ranks, task.micro_batch_size)
+        batches = [objective.assemble(whole, part, step) for part in parts]
         self._mark(step + 1, "forward")
         if objective.surveyed:
-            totals = totals | self._means(engine.measure(batches, objective.survey))
+            surveyed = [objective.assemble_survey(whole, part) for part in parts]
+            totals = totals | average(engine, engine.measure(surveyed, self._survey))
         sums = engine.accumulate(batches, self._watched(partial(objective.loss, totals=totals)))
         self._mark(step + 1, "reducing")
         try:
@@ -190,6 +210,10 @@ class SupervisedLoop:
             raise self._refuse_to_diverge(step, rows, whole, error) from None
         self._window.add(sums, whole.real_tokens, time.perf_counter() - started)
         return norm
+
+    def _survey(self, *arguments: Any) -> Sums:
+        self._touch()
+        return self._objective.survey(*arguments)
 
     def _watched(self, function: LossFunction) -> LossFunction:
         """The same, and every micro-batch a sign of progress."""
@@ -200,48 +224,13 @@ class SupervisedLoop:
 
         return call
 
-    def _cut(self, whole: Any, rows: int, step: int) -> Iterator[Any]:
-        """This rank's micro-batches of a step's rows."""
-        task, engine = self._task, self._engine
-        for part in deal(rows, engine.data_rank, engine.data_ranks, task.micro_batch_size):
-            yield self._objective.assemble(whole, part, step)
-
     def _measure(self) -> dict[str, float]:
         """Means since the last call, and the speed; collective."""
         window, self._window = self._window, _Window()
         self._tokens += window.real
         self._seconds += window.seconds
-        return self._means(window.sums) | {"tokens_per_second": window.real / window.seconds}
-
-    def _validate(self) -> dict[str, float]:
-        """Means over the whole validation split; collective."""
-        engine, objective = self._engine, self._objective
-        surveys: dict[str, float] = {}
-        if objective.surveyed:
-            found = engine.measure((b for b, _ in self._read_validation()), objective.survey)
-            surveys = self._means(found)
-        sums: Sums = {}
-        for batch, totals in self._read_validation():
-            function = partial(objective.loss, totals=totals | surveys)
-            add(sums, engine.measure([batch], partial(_measure_only, function)))
-        return {f"validation_{name}": value for name, value in self._means(sums).items()}
-
-    def _read_validation(self) -> Iterator[tuple[Any, dict[str, float]]]:
-        """This rank's micro-batches of the validation split, one at a time, with their totals."""
-        task, engine, rows = self._task, self._engine, self._validation
-        for part in deal(rows.count, engine.data_rank, engine.data_ranks, task.micro_batch_size):
-            whole = rows.read(range(rows.count)[part])
-            everything = slice(0, part.stop - part.start)
-            yield self._objective.assemble(whole, everything, 0), self._objective.count(whole)
-
-    def _means(self, sums: Sums) -> dict[str, float]:
-        """Total / count over all ranks, by name; NaN where nothing was counted."""
-        if not sums:
-            return {}
-        table = self._engine.sum(torch.stack([sums[name] for name in sorted(sums)])).tolist()
-        return {
-            name: total / count if count else float("nan")
-            for name, (total, count) in zip(sorted(sums), table, strict=True)
+        return average(self._engine, window.sums) | {
+            "tokens_per_second": window.real / window.seconds
         }
 
     def _refuse_to_diverge(
@@ -251,13 +240,7 @@ class SupervisedLoop:
         task = self._task
         kept = task.output.parent / DIVERGED / f"{task.name}-step-{step + 1:08d}"
         if self._engine.rank == 0:
-            kept.mkdir(parents=True, exist_ok=True)
-            arrays = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
-            np.savez(kept / "rows.npz", index=rows, **arrays)
-            with (kept / "rows.jsonl").open("w", encoding="utf-8") as stream:
-                for index, tokens in zip(rows.tolist(), whole.tokens, strict=True):
-                    line = {"row": index, "text": self._tokenizer.decode(tokens.reshape(-1))}
-                    stream.write(json.dumps(line) + "\n")
+            keep_rows(kept, rows, whole, self._train, self._tokenizer)
         return UserError(
             f"{task.name}: {error} at step {step + 1}, and no rank has taken it; lower "
             f"{task.name}.optimizer.lr or raise {task.name}.schedule.warmup_steps; the step's rows "
@@ -265,29 +248,29 @@ class SupervisedLoop:
         )
 
     def _sample(self, done: int) -> None:
-        """Continue the prompts greedily, on the first rank; collective."""
+        """Continue the prompts greedily, on the first rank, however long that takes; collective."""
         task, engine = self._task, self._engine
         if not task.prompts:
             return
-        lm = engine.lm
-        if not engine.whole:
-            weights, trained = engine.weights(), engine.exportable()
-            if engine.rank == 0:
-                lm = rebuild(lm, weights, trained)
-        if engine.rank != 0:
-            return
-        sampler = Sampler(lm, self._tokenizer)
-        with (task.output / SAMPLES_FILE).open("a", encoding="utf-8") as stream:
-            for shown, ids in task.prompts:
-                text = sampler.complete(ids, task.sample_tokens)
-                stream.write(json.dumps({"step": done, "prompt": shown, "text": text}) + "\n")
+        parts = None if engine.whole else (engine.weights(), engine.exportable())
+
+        def write() -> None:
+            lm = engine.lm
+            if parts is not None:
+                lm = rebuild(lm, *parts, engine.device)
+            sampler = Sampler(lm, self._tokenizer)
+            with (task.output / SAMPLES_FILE).open("a", encoding="utf-8") as stream:
+                for shown, ids in task.prompts:
+                    text = sampler.complete(ids, task.sample_tokens)
+                    stream.write(json.dumps({"step": done, "prompt": shown, "text": text}) + "\n")
+
+        self._peers.ask_first(write, self._touch)
         engine.module.train()
 
     def _resume(self) -> int:
         """The first step to take; what was recorded after the newest checkpoint is forgotten."""
         task = self._task
-        saves = (task.steps - 1) // task.checkpoint_every
-        step, progress = self._checkpoints.resume(saves)
+        step, progress = self._checkpoints.resume()
         if step:
             self._tokens, self._seconds = progress["tokens"], progress["seconds"]
         if self._engine.rank == 0:
@@ -323,18 +306,11 @@ class _Window:
         self.seconds += seconds
 
 
-def _measure_only(
-    function: LossFunction, lm: PreTrainedModel, hidden: torch.Tensor, batch: Any
-) -> Sums:
-    return function(lm, hidden, batch)[1]
-
-
 def _identify(task: SupervisedTask) -> dict[str, Any]:
     """What the result of a step is a function of, besides model and tokenizer; neither engine nor
     number of ranks."""
     values = (task.objective, task.optimizer, task.schedule, task.model.peft, task.model.adapter)
-    # The stage may have been moved in between.
-    text = json.dumps([describe_value(value) for value in values]).replace(str(task.output), "")
+    text = json.dumps([describe_value(value) for value in values])
     numbers = {"seed": task.seed, "batch_size": task.batch_size, "steps": task.steps}
     return numbers | {"task": hash_json([task.name, text])}
 
@@ -343,4 +319,6 @@ def _rewind(file: Path, step: int) -> None:
     """Keep the rows of a JSON-lines file that were written up to `step`."""
     rows = [row for row in read_lines(file) if row["step"] <= step]
     if file.exists():
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        draft = file.with_name(f".{file.name}")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(draft, file)

@@ -7,7 +7,7 @@ engine can run it: whole, partitioned, or with the decoder's layers on several r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,9 +53,9 @@ class Objective(Protocol):
         """The rows of `train` or `validation`."""
         ...
 
-    def begin(self, engine: Engine, scratch: Path) -> None:
+    def begin(self, engine: Engine, scratch: Path, beat: Callable[[], None] = lambda: None) -> None:
         """Called once before the first step, by all ranks together; `scratch` outlives a restart
-        and not the stage."""
+        and not the stage. `beat` is called again and again, as a sign of life."""
         ...
 
     def count(self, whole: Any) -> dict[str, float]:
@@ -64,6 +64,10 @@ class Objective(Protocol):
 
     def assemble(self, whole: Any, part: slice, step: int) -> Any:
         """A micro-batch (`Inputs`) of some rows; of none, one whose loss is zero."""
+        ...
+
+    def assemble_survey(self, whole: Any, part: slice) -> Any:
+        """The micro-batch of the same rows that `survey` gets."""
         ...
 
     def survey(self, lm: PreTrainedModel, hidden: torch.Tensor, batch: Any) -> Sums:
@@ -105,7 +109,7 @@ class LanguageObjective:
             return CorpusRows(self.directory, split, self.isolate, self.length)
         return DemonstrationRows(self.directory, split)
 
-    def begin(self, engine: Engine, scratch: Path) -> None:
+    def begin(self, engine: Engine, scratch: Path, beat: Callable[[], None] = lambda: None) -> None:
         """Nothing to prepare."""
 
     def count(self, whole: TextRows) -> dict[str, float]:
@@ -118,6 +122,10 @@ class LanguageObjective:
         keys = [derive_seed(self.noise_seed, step, row) for row in range(part.start, part.stop)]
         segments = whole.segments[part, : batch.tokens.shape[1]]
         return replace(batch, noise=gather_noise(self.noise, keys, segments))
+
+    def assemble_survey(self, whole: TextRows, part: slice) -> MicroBatch:
+        """Nothing to survey."""
+        return self.assemble(whole, part, 0)
 
     def survey(self, lm: PreTrainedModel, hidden: torch.Tensor, batch: MicroBatch) -> Sums:
         """Nothing to survey."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylign.config import PretrainConfig, TrainingConfig, UserError
-from raylign.models.budget import CHINCHILLA, Blueprint, count_flops
+from raylign.models.budget import CHINCHILLA, FOLDABLE, Blueprint, count_flops
 from raylign.models.memory import SIZES, Memory, estimate
 from raylign.training.topology import arrange
 
@@ -194,6 +194,7 @@ class Outlook:
         )
         how = "without" if checkpointing else "with"
         yield "", f"{size(other.device)} {how} activation checkpointing"
+        yield "", f"{size(found.built)} of the host's a rank, while the model is built"
 
     def estimate(self, checkpointing: bool) -> Memory:
         """Memory of a rank."""
@@ -210,20 +211,25 @@ class Outlook:
             self.rows.length,
             config.isolate_documents if isinstance(config, PretrainConfig) else True,
             quantised,
+            -(-largest // config.micro_batch_size),
         )
 
     def explain_disk(self, free: int) -> Lines:
         """A checkpoint is the model for use, and what resuming needs: float32 weights and their
         moments. `free` is in bytes."""
         keep = self.config.checkpoints.keep
-        model = SIZES[self.config.engine.dtype] * self.trainable
+        model = result = SIZES[self.config.engine.dtype] * self.trainable
+        folded = ""
+        if self.config.peft in FOLDABLE:
+            result += SIZES[self.config.engine.dtype] * self.blueprint.total
+            folded = f" ({size(result)}: the adapter, and the model with it folded in)"
         checkpoint = model + 12 * self.trainable
-        needed = (keep + 1) * checkpoint + model
+        needed = (keep + 1) * checkpoint + result
         enough = "" if needed < free else ": NOT ENOUGH; lower checkpoints.keep, or make room"
         yield (
             "disk",
             f"{size(checkpoint)} a checkpoint, {size(needed)} for {keep}, one in the making and "
-            f"the result; {size(free)} free{enough}",
+            f"the result{folded}; {size(free)} free{enough}",
         )
 
     def explain_time(self, speed: float | None, place: Path) -> Lines:

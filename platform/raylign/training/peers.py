@@ -48,6 +48,13 @@ class Peers:
             beat()
             time.sleep(PAUSE_S)
 
+    def _choose_device(self) -> Callable[[], None] | None:
+        """What gives another thread the device of this one."""
+        if self._device.type != "cuda":
+            return None
+        index = torch.cuda.current_device()
+        return lambda: torch.cuda.set_device(index)
+
     def ask_first(self, function: Callable[[], T], beat: Callable[[], None] = lambda: None) -> T:
         """What `function` gives on the first rank, however long it takes; what it raises as
         `UserError` is raised on all."""
@@ -55,7 +62,7 @@ class Peers:
             self.wait_while(lambda: False, beat)
             answer: Any = None
         else:
-            with ThreadPoolExecutor(1) as pool:
+            with ThreadPoolExecutor(1, initializer=self._choose_device()) as pool:
                 future = pool.submit(function)
                 self.wait_while(lambda: not future.done(), beat)
             error = future.exception()

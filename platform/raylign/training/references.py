@@ -23,7 +23,7 @@ from raylign.models.precision import narrow
 from raylign.training.compared_rows import ComparedFile, ComparisonBatch
 from raylign.training.engine import Engine
 from raylign.training.objectives import embed_batch
-from raylign.training.rows import deal
+from raylign.training.rows import interleave
 from raylign.training.sums import Sums, tally
 
 Assemble = Callable[[Any, slice, int], ComparisonBatch]
@@ -41,6 +41,11 @@ class Reference:
     batch: int = 8
     """Rows a rank computes at once."""
 
+    @property
+    def identity(self) -> list[Any]:
+        """What its log-probs depend on, wherever they lie."""
+        return [self.cache.name, self.policy is None]
+
 
 def write_reference(
     engine: Engine,
@@ -49,10 +54,12 @@ def write_reference(
     split: str,
     assemble: Assemble,
     score: Score,
+    beat: Callable[[], None] = lambda: None,
 ) -> None:
     """Put the log-probs of all answers of a split into the cache, unless they are there.
 
-    The ranks share the rows out. Collective; every rank must see the cache.
+    The ranks share the rows out. Collective; every rank must see the cache. `beat` is called with
+    every micro-batch.
     """
     rows = ComparedFile(directory, split)
     file = reference.cache / f"{split}.npy"
@@ -60,7 +67,7 @@ def write_reference(
     seen = torch.tensor([float(not file.exists())], dtype=torch.float64, device=engine.device)
     if not float(engine.sum(seen)):
         return
-    values = _score_rows(engine, reference, rows, assemble, score)
+    values = _score_rows(engine, reference, rows, assemble, score, beat)
     if engine.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{split}.{os.getpid()}.npy")
@@ -70,19 +77,26 @@ def write_reference(
 
 
 def _score_rows(
-    engine: Engine, reference: Reference, rows: ComparedFile, assemble: Assemble, score: Score
+    engine: Engine,
+    reference: Reference,
+    rows: ComparedFile,
+    assemble: Assemble,
+    score: Score,
+    beat: Callable[[], None],
 ) -> torch.Tensor:
     """float64 [rows, answers], the same on every rank."""
     values = torch.zeros((rows.count, rows.answers), dtype=torch.float64, device=engine.device)
     order = np.argsort(rows.sizes, kind="stable")  # equally long ones together: less padding
     measure = _choose_measure(engine, reference, score)
-    for part in deal(rows.count, engine.data_rank, engine.data_ranks, reference.batch):
+    for part in interleave(rows.count, engine.data_rank, engine.data_ranks, reference.batch):
+        beat()
         chosen = order[part]
         batch = assemble(rows.read(chosen), slice(0, len(chosen)), 0)
         found = measure(batch)
         for place, row in enumerate(chosen.tolist()):
             for answer in range(rows.answers):
                 values[row, answer] = found[f"{place}.{answer}"][0]
+        engine.sum(torch.zeros(1, device=engine.device))  # nobody runs ahead for long
     return engine.sum(values)
 
 

@@ -105,6 +105,10 @@ class Rows(Protocol[W]):
         """The given rows, in the given order."""
         ...
 
+    def trace(self, index: int) -> list[int]:
+        """Rows of the user's file, from 1, that a row was made of; empty where it is not known."""
+        ...
+
 
 class CorpusRows:
     """Rows of packed shards; every real token that something may predict is trained."""
@@ -135,6 +139,10 @@ class CorpusRows:
             trained[:, 1:] &= segments[:, 1:] == segments[:, :-1]
         return TextRows(tokens, segments, trained)
 
+    def trace(self, index: int) -> list[int]:
+        """Not known: shards hold text of many files."""
+        return []
+
 
 class DemonstrationRows:
     """Rows that `write_demonstrations` wrote."""
@@ -145,6 +153,12 @@ class DemonstrationRows:
             for name in ("tokens", "segments", "trained")
         ]
         self.count = len(self._columns[0])
+        self._sources = directory / f"{split}.sources.npy"
+
+    def trace(self, index: int) -> list[int]:
+        """Rows of the file of demonstrations."""
+        found = np.load(self._sources, mmap_mode="r")[index]
+        return [int(row) for row in dict.fromkeys(found.tolist()) if row]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> TextRows:
         rows = np.asarray(indices, dtype=np.int64)  # of no rows it would be an array of floats
@@ -170,7 +184,9 @@ def write_demonstrations(
     tokens = np.full((len(groups), length), pad, np.int32)
     segments = np.zeros((len(groups), length), np.uint16)
     trained = np.zeros((len(groups), length), bool)
+    sources = np.zeros((len(groups), max(map(len, groups), default=0)), np.int64)
     for row, group in enumerate(groups):
+        sources[row, : len(group)] = [conversations[item].row for item in group]
         start = 0
         for segment, item in enumerate(group, 1):
             end = start + len(conversations[item].token_ids)
@@ -182,6 +198,7 @@ def write_demonstrations(
     np.save(directory / f"{split}.tokens.npy", tokens)
     np.save(directory / f"{split}.segments.npy", segments)
     np.save(directory / f"{split}.trained.npy", trained)
+    np.save(directory / f"{split}.sources.npy", sources)
     return len(groups)
 
 
@@ -221,3 +238,13 @@ def deal(rows: int, rank: int, ranks: int, micro_batch: int) -> list[slice]:
     start, size = bounds[rank], bounds[rank + 1] - bounds[rank]
     cuts = [start + size * place // pieces for place in range(pieces + 1)]
     return [slice(cuts[place], cuts[place + 1]) for place in range(pieces)]
+
+
+def interleave(rows: int, rank: int, ranks: int, micro_batch: int) -> list[slice]:
+    """The same of rows that are sorted by length, of which neighbours go to different ranks: what
+    all ranks compute at the same time is about equally long."""
+    size = len(range(rank, rows, ranks))
+    largest = -(-rows // ranks)
+    pieces = max(1, -(-largest // micro_batch))
+    cuts = [rank + ranks * (size * place // pieces) for place in range(pieces + 1)]
+    return [slice(cuts[place], cuts[place + 1], ranks) for place in range(pieces)]

@@ -20,16 +20,19 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors import SafetensorError
 
 from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
 from raylign.runtime import disconnect
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, JsonTracker, read_lines
+from raylign.training.admission import require_trainable
 from raylign.training.checkpoints import retain
 from raylign.training.curve import CURVE_FILE, draw_curve
+from raylign.training.export import ADAPTER, MODEL
 from raylign.training.heartbeat import Laggard, Mark, Pulse, Watch, end_process, locate
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
-from raylign.training.topology import arrange
+from raylign.training.room import explain_full, is_out_of_room
 
 POLL_S = 0.5
 CURVE_S = 5.0  # shortest time between two pictures
@@ -50,7 +53,7 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     Goes on from the newest checkpoint there. Returns the summary of the run.
     Raises `UserError` for what the user can put right, a group that keeps dying included.
     """
-    arrange(task.engine, workers.count, f"{task.name}.engine")
+    require_trainable(task.model, task.engine, workers.count, task.name)
     _require_room(task.name, workers)
     (task.output / _REFUSAL).unlink(missing_ok=True)
     for leftover in (_RAY_FILES, _HEARTBEATS):
@@ -88,13 +91,30 @@ def train_rank(config: Mapping[str, Any]) -> dict[str, Any] | None:
     rank = ray.train.get_context().get_world_rank()
     node = ray.get_runtime_context().get_node_id()
     pulse = Pulse(task.output / _HEARTBEATS, rank, node)
+    loop: SupervisedLoop | None = None
     try:
-        return SupervisedLoop(task, pulse).run()
+        loop = SupervisedLoop(task, pulse)
+        return loop.run()
     except UserError as error:
-        write_json(refusal, str(error))
+        _refuse(task, str(error))
         return None
+    except (OSError, SafetensorError) as error:
+        if is_out_of_room(error):
+            for half in (MODEL, ADAPTER):
+                shutil.rmtree(task.output / half, ignore_errors=True)
+            root = task.output / CHECKPOINTS
+            _refuse(task, loop.explain_full() if loop else explain_full(task.name, root))
+        raise  # so that the others end, too
     finally:
         pulse.stop()
+
+
+def _refuse(task: SupervisedTask, text: str) -> None:
+    """Tell the user, and ranks that are started again: they would do no better."""
+    try:
+        write_json(task.output / _REFUSAL, text)
+    except OSError:
+        (task.output / _REFUSAL).touch()  # an empty file may find room where nothing else does
 
 
 class _Outcome:
@@ -213,7 +233,9 @@ def _raise_failure(
 ) -> None:
     refusal = task.output / _REFUSAL
     if refusal.exists():
-        raise UserError(json.loads(refusal.read_text(encoding="utf-8")))
+        text = refusal.read_text(encoding="utf-8")
+        told = json.loads(text) if text else explain_full(task.name, task.output / CHECKPOINTS)
+        raise UserError(told)
     events = read_lines(task.output / EVENTS_FILE)
     hung = [row["text"] for row in events if row["what"] == "hung"]
     if isinstance(error, WorkerGroupError) and hung and events[-1]["what"] == "hung":
