@@ -247,6 +247,7 @@ def run_case(given: Case) -> dict[str, Any]:
         zip(("losses", "norms", "drawn"), zip(*steps, strict=True), strict=False)
     )
     found |= {"rounding": rounding, "released": list_released(engine)}
+    found["held"] = sum(p.numel() for p in engine.lm.parameters())
     found["weights"] = copy_weights(engine)
     found["given"] = {name: t.float().clone() for name, t in engine.weights().items()}
     found["trained"] = {name: t.float().clone() for name, t in engine.exportable().items()}

@@ -9,9 +9,11 @@ fused kernel computes it. Buffers of kernels and of communication, and fragmenta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from raylign.config import EngineConfig
 from raylign.models.budget import Blueprint
+from raylign.models.division import divide
 
 SIZES = {"float32": 4, "bfloat16": 2}
 LOGIT_BYTES = 64 * 2**20
@@ -36,10 +38,25 @@ class Memory:
     logits: float
     host: float = 0.0
     """In the CPU's memory in place of the device's."""
+    built: float = 0.0
+    """In the CPU's memory while the model is built, before anything is shared out."""
 
     @property
     def device(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What of a model one rank computes with, before ZeRO shares out any of it."""
+
+    numbers: float
+    """Parameters."""
+    layers: int
+    alive: int
+    """Micro-batches whose activations are kept at once."""
+    ends: bool
+    """With the head."""
 
 
 def estimate(
@@ -51,67 +68,114 @@ def estimate(
     length: int,
     isolate: bool,
     quantization: str | None = None,
+    micro_batches: int = 1,
 ) -> Memory:
-    """The memory of a rank that computes `sequences` rows of `length` tokens at once.
+    """The memory of a rank that computes `sequences` rows of `length` tokens at once, and
+    `micro_batches` such a step; of a pipeline's the one that needs most.
 
     `trainable` numbers learn; with fewer than all of them the others are frozen in the engine's
     type, or with `quantization` the blocks' matrices in that. With `isolate` attention goes by a
     mask of documents.
     """
     size = SIZES[engine.dtype]
-    shared = engine.tensor_parallel * engine.pipeline_parallel
     zero = engine.zero_stage if engine.backend == "deepspeed" else 0
     partners = data_ranks * engine.sequence_parallel  # those that ZeRO shares out to
-
-    def share(amount: float, stage: int) -> float:
-        return amount / shared / (partners if zero >= stage else 1)
-
-    weights = float(size * blueprint.total)
-    if trainable < blueprint.total:
-        weights += size * trainable
-        if quantization is not None:
-            matrices = blueprint.layers * sum(m.parameters for m in blueprint.matrices)
-            weights += (_QUANTISED[quantization] - size) * matrices
-    # Two moments in float32, and a float32 copy of weights that are not, or that ZeRO flattens.
-    copied = engine.dtype != "float32" or zero > 0
-    found = {
-        "weights": share(weights, 3),
-        "gradients": share(4.0 * trainable, 2),
-        "optimizer": share((8.0 + 4.0 * copied) * trainable, 1),
-    }
-    moved = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
-    host = sum(found[name] for name in moved[engine.offload])
-    found |= dict.fromkeys(moved[engine.offload], 0.0)
     tokens = sequences * length / engine.sequence_parallel
-    return Memory(
-        **found,
-        activations=tokens * _keep(blueprint, engine, length, isolate),
-        logits=_LOGIT_COPIES * _hold_logits(blueprint, tokens),
-        host=host,
-    )
+    matrices = sum(m.parameters for m in blueprint.matrices)
+    # Two moments in float32, and a float32 copy of weights that are not, or that ZeRO flattens.
+    state = 12.0 if engine.dtype != "float32" or zero > 0 else 8.0
+
+    # Float32, from which masters are made, and what is computed with; qlora reads no float32.
+    built = size if quantization is not None else 4.0 + size * (size < 4)
+
+    def weigh(part: _Part) -> Memory:
+        learnt = part.numbers
+        weights = size * part.numbers
+        if trainable < blueprint.total:
+            learnt = trainable * part.layers / blueprint.layers
+            weights += size * learnt
+            if quantization is not None:
+                weights += (_QUANTISED[quantization] - size) * matrices * part.layers
+        found = {
+            "weights": weights / (partners if zero >= 3 else 1),
+            "gradients": 4.0 * learnt / (partners if zero >= 2 else 1),
+            "optimizer": state * learnt / (partners if zero >= 1 else 1),
+        }
+        moved = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "weights")}
+        host = sum(found[name] for name in moved[engine.offload])
+        found |= dict.fromkeys(moved[engine.offload], 0.0)
+        kept = _keep(blueprint, engine, length, isolate, part.layers)
+        return Memory(
+            **found,
+            activations=tokens * part.alive * kept,
+            logits=_LOGIT_COPIES * _hold_logits(blueprint, tokens) if part.ends else 0.0,
+            host=host,
+            built=blueprint.total * built,
+        )
+
+    parts = _list_parts(blueprint, engine, micro_batches)
+    return max((weigh(part) for part in parts), key=lambda found: found.device)
 
 
-def keep_block(blueprint: Blueprint, size: int, length: int, isolate: bool) -> float:
-    """Bytes that one block keeps of a token, in rows of `length`; activations have `size` bytes."""
+def _list_parts(blueprint: Blueprint, engine: EngineConfig, micro_batches: int) -> list[_Part]:
+    """Of all stages of a pipeline, or of the whole.
+
+    A stage runs ahead by as many micro-batches as stages follow it. Ranks that cut matrices keep
+    embedding, head, norms and what is added after the cut whole.
+    """
+    matrices = sum(m.inputs * m.outputs for m in blueprint.matrices)
+    biases = sum(m.parameters for m in blueprint.matrices) - matrices
+    layer = matrices // engine.tensor_parallel + biases + blueprint.block_vectors
+    head = blueprint.head + blueprint.final_vectors
+    stages = engine.pipeline_parallel
+    if stages == 1:
+        numbers = blueprint.embedding + blueprint.layers * layer + head
+        return [_Part(numbers, blueprint.layers, 1, True)]
+    if blueprint.tied and not blueprint.scores:  # both ends hold it
+        head += blueprint.vocab_size * blueprint.width
+    costs = [layer] * blueprint.layers
+    costs[0] += blueprint.embedding
+    costs[-1] += head
+    bounds = divide(costs, stages)
+    return [
+        _Part(
+            sum(costs[first:last]),
+            last - first,
+            min(stages - stage, micro_batches),
+            stage == stages - 1,
+        )
+        for stage, (first, last) in enumerate(pairwise(bounds))
+    ]
+
+
+def keep_block(
+    blueprint: Blueprint, size: int, length: int, isolate: bool, tensor: int = 1
+) -> float:
+    """Bytes that one block keeps of a token, in rows of `length`; activations have `size` bytes.
+    Of `tensor` ranks that cut its matrices each keeps a share of what they make, and all of the
+    norms and of the mask."""
     width, heads = blueprint.width, blueprint.heads
     queries, keys = heads * blueprint.head_size, blueprint.kv_heads * blueprint.head_size
+    whole = 0.0
     if blueprint.model_type in _EAGER:  # queries, keys, scores and probabilities in float32
         attention = 2 * queries * (4 + size) + heads * length * (4 if size == 4 else 4 + size)
     else:
         spread = queries if isolate else keys  # a mask makes keys and values as many as queries
-        attention = size * 2 * (queries + spread) + 4 * heads + isolate * size * length
+        attention = size * 2 * (queries + spread) + 4 * heads
+        whole = isolate * size * length
     if blueprint.gated:  # RMSNorm keeps its input in float32
         norms, inner = 2 * ((4 + 2 * size) * width + 4), 4
     else:
         norms, inner = blueprint.block_vectors // (2 * width) * (2 * size * width + 8), 5
-    return norms + attention + size * inner * blueprint.inner
+    return norms + whole + (attention + size * inner * blueprint.inner) / tensor
 
 
-def _keep(blueprint: Blueprint, engine: EngineConfig, length: int, isolate: bool) -> float:
-    """Bytes of one token on one rank, over the blocks that the rank computes."""
+def _keep(
+    blueprint: Blueprint, engine: EngineConfig, length: int, isolate: bool, layers: int
+) -> float:
+    """Bytes of one token over `layers` blocks."""
     size = SIZES[engine.dtype]
-    block = keep_block(blueprint, size, length, isolate) / engine.tensor_parallel
-    layers = -(-blueprint.layers // engine.pipeline_parallel)
+    block = keep_block(blueprint, size, length, isolate, engine.tensor_parallel)
     if engine.activation_checkpointing:  # the inputs of all blocks, and one block computed again
         return layers * size * blueprint.width + block
     return layers * block

@@ -8,7 +8,7 @@ prepared by its own code, on every stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raylign.config import UserError
+from raylign.models.division import divide
 from raylign.models.enclosure import Enclosure
 from raylign.models.prompts import NAME as VIRTUAL_TOKENS
 from raylign.training.objectives import embed_batch
@@ -83,33 +84,6 @@ _PARTIAL = (
     "with engine.pipeline_parallel > 1 a rank holds some of the layers, and cannot call the model; "
     "use Engine.accumulate and Engine.measure"
 )
-
-
-def divide(costs: Sequence[int], parts: int) -> tuple[int, ...]:
-    """Bounds [parts + 1] of consecutive, non-empty parts whose most expensive one is as cheap as it
-    can be.
-
-    Raises `UserError` when there are more parts than costs.
-    """
-    if parts > len(costs):
-        raise UserError(
-            f"engine.pipeline_parallel: {parts} stages cannot share {len(costs)} layers; lower it"
-        )
-    ends = [0]
-    for cost in costs:
-        ends.append(ends[-1] + cost)
-    # best[n]: (most expensive part, bounds) of the first n costs in so many parts.
-    best: dict[int, tuple[int, tuple[int, ...]]] = {
-        n: (ends[n], (0, n)) for n in range(1, len(costs) + 1)
-    }
-    for part in range(2, parts + 1):
-        best = {
-            n: min(
-                (max(best[m][0], ends[n] - ends[m]), (*best[m][1], n)) for m in range(part - 1, n)
-            )
-            for n in range(part, len(costs) + 1)
-        }
-    return best[len(costs)][1]
 
 
 class _Inlet(nn.Module):
