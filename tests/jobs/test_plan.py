@@ -206,6 +206,11 @@ def test_a_run_that_exists_is_read(tmp_path: Path) -> None:
     assert found["time"] == f"0.3 min at the 1,002 tokens a second that {tmp_path} has measured"
     wider = plan("pretrain", tmp_path, pretrain=keys | {"model": shape | {"ffn_size": 64}})
     assert wider["time"].startswith("known once")
+    cut = plan("pretrain", tmp_path, pretrain=keys | {"sequence_length": 32})
+    assert cut["run"].startswith("63 steps x 256 = 16,128 tokens")  # the rows are two each
+    assert cut["corpus"] == "6,300 tokens in 200 rows: 2.52 epochs"
+    with pytest.raises(UserError, match="sequence_length=48 does not divide the shards' rows of"):
+        plan("pretrain", tmp_path, pretrain=keys | {"sequence_length": 48})
 
 
 def test_later_stages_start_where_the_run_will(tmp_path: Path) -> None:
