@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
-from raylign.config import AdapterConfig, EngineConfig, UserError
+from raylign.config import (
+    AdapterConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    UserError,
+    WorkersConfig,
+)
 from raylign.models.assembly import ModelPlan
+from raylign.tracking import Bar
 from raylign.training.admission import require_trainable, sketch
+from raylign.training.loop import SupervisedTask
+from raylign.training.objectives import LanguageObjective
+from raylign.training.supervised import train
 
 LLAMA = {
     "vocab_size": 57,
@@ -80,6 +91,31 @@ def test_what_can_be_trained_is_let_through(
 ) -> None:
     kind, plan, engine, ranks = case
     require_trainable(ModelPlan(make(kind), 0, **plan), EngineConfig(**engine), ranks, "sft")
+
+
+def test_a_stage_is_refused_before_ray_is_asked(tiny_model: Path, tmp_path: Path) -> None:
+    """There is no cluster here: whatever started a rank would fail otherwise."""
+    task = SupervisedTask(
+        name="pretrain",
+        output=tmp_path,
+        model=ModelPlan(tiny_model, 0),
+        tokenizer=tiny_model,
+        objective=LanguageObjective(tmp_path, "corpus"),
+        seed=0,
+        steps=1,
+        batch_size=1,
+        micro_batch_size=1,
+        checkpoint_every=1,
+        optimizer=OptimizerConfig(),
+        schedule=ScheduleConfig(),
+        engine=EngineConfig(tensor_parallel=2),
+        threads=1,
+        prompts=(),
+        sample_tokens=1,
+    )
+    with pytest.raises(UserError, match=r"pretrain\.engine\.tensor_parallel=2 must divide"):
+        train(task, WorkersConfig(count=2), cast(Bar, None))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sketch_has_no_weights(tiny_model: Path) -> None:
