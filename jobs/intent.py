@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.entry import perform
-from raylign.config import EngineConfig, TrainingConfig
+from raylign.config import EngineConfig, TrainingConfig, TuneConfig
 from raylign.run import Draft, Keeping, Run, Stage
-from raylign.tracking import ProgressBoard
+from raylign.tracking import METRICS_FILE, ProgressBoard
 from raylign.training.loop import CHECKPOINTS
 
 # Keys that do not decide what is learnt, for the reason given. They may change while a stage is
@@ -30,6 +30,9 @@ FREE: dict[str, Any] = SEARCH_FREE | {
     "sample_prompts": True,
     "sample_tokens": True,
 }
+RESOURCES = {"concurrent", "cpus", "gpus"}
+"""Of `tune`: what a search does not depend on."""
+TRIALS = ".trials"
 
 
 def perform_training(
@@ -52,3 +55,34 @@ def perform_training(
     )
     resume = config.checkpoints.resume == "auto"
     return perform(run, name, settings, parents, board, build, resume, keeping)
+
+
+def perform_search(
+    run: Run,
+    config: TuneConfig,
+    stage: TrainingConfig,
+    seed: int,
+    parents: Mapping[str, str],
+    board: ProgressBoard,
+    build: Callable[[Draft], None],
+) -> Stage:
+    """`perform` for a search over `stage`: an interrupted one goes on with its trials, which are
+    never removed unasked."""
+
+    def describe(free: Mapping[str, Any], resources: set[str]) -> dict[str, Any]:
+        return {
+            "tune": config.model_dump(mode="json", exclude=resources),
+            config.stage: stage.model_dump(mode="json", exclude=dict(free)),
+            "seed": seed,
+        }
+
+    finished, begun = f"{config.stage}/{METRICS_FILE}", f".{config.stage}.partial/{METRICS_FILE}"
+    keeping = Keeping(
+        describe(SEARCH_FREE, RESOURCES),
+        # At the top of a trial's directory, or of that of its last copy.
+        tuple(f"{TRIALS}/*/{below}{file}" for below in ("", "*/") for file in (finished, begun)),
+        "trials",
+        "redo=tune",
+    )
+    settings = describe({}, set())
+    return perform(run, "tune", settings, parents, board, build, resume=True, keeping=keeping)

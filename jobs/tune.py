@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from jobs.entry import STAGES, main, perform, section
+from jobs.entry import STAGES, main, section
+from jobs.intent import TRIALS, perform_search
 from jobs.trials import TrialRow, draw_trials, show_samples, tabulate, write_trials
 from raylign.config import (
     RangeConfig,
@@ -34,9 +35,12 @@ from raylign.config import (
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed, disconnect
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, ProgressBoard, read_lines
+from raylign.training.checkpoints import list_checkpoints, name_step
+from raylign.training.loop import CHECKPOINTS
 from raylign.training.sampling import SAMPLES_FILE
 from raylign.training.tuning import (
     Report,
+    SearchError,
     Trial,
     best_trial,
     check_search,
@@ -45,8 +49,10 @@ from raylign.training.tuning import (
 )
 
 POLL_S = 0.5
-# Hidden, so it is no part of the finished stage; and it outlives an interrupt.
-TRIALS = ".trials"
+SAVED_S = 60.0  # longest wait for a checkpoint to go with a row
+# Below a trial's directory: a run directory for each time that it went on as a copy.
+COPY = "copy-{:04d}"
+OFFER = ".offer"
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -62,8 +68,12 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     }
 
     def build(draft: Draft) -> None:
-        storage = draft.path / TRIALS
-        trials = watch(recipe, config, steps, run, storage, board)
+        storage = draft.path / TRIALS  # hidden, so it is no part of the finished stage
+        try:
+            trials = watch(recipe, config, steps, run, storage, board)
+        except SearchError:
+            shutil.rmtree(storage)  # nothing in it can go on
+            raise
         rows = [collect(trial, storage / trial.name, config.stage) for trial in trials]
         best = best_trial(trials, config)
         keep(recipe, config, best, storage, draft)
@@ -78,12 +88,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         )
         board.console.print(tabulate(rows, best.name, config))
 
-    settings = {
-        "tune": config.model_dump(mode="json"),
-        config.stage: stage.model_dump(mode="json"),
-        "seed": recipe.seed,
-    }
-    perform(run, "tune", settings, parents, board, build, resume=True)
+    perform_search(run, config, stage, recipe.seed, parents, board, build)
 
 
 def check_values(recipe: Recipe, config: TuneConfig) -> None:
@@ -148,43 +153,109 @@ class StageTrial:
     def __call__(
         self, values: Mapping[str, Any], directory: Path, report: Report, donor: Path | None
     ) -> None:
-        """Run the job in `directory`, and report its metrics as they appear."""
+        """Run the job in `directory`, and report its metrics as they appear.
+
+        With a `donor`, training begins with that checkpoint, in a run directory of its own: ranks
+        of the attempt before may still be dying, and write.
+        """
         stage = self._config.stage
+        attempt = directory if donor is None else begin_copy(directory, stage)
         for name in STAGES[: STAGES.index(stage)]:
-            if (self._root / name).is_dir() and not (directory / name).exists():
-                os.symlink(self._root / name, directory / name)
-        recipe = trial_recipe(self._recipe, self._config, values, directory, donor)
-        job = importlib.import_module(f"jobs.{stage}").run
+            if (self._root / name).is_dir() and not (attempt / name).exists():
+                os.symlink(self._root / name, attempt / name)
+        recipe = trial_recipe(self._recipe, self._config, values, attempt, donor)
+        planned = _planned_steps(recipe, self._config)
+        if Run(attempt).find(stage) is not None:  # the search was interrupted before it knew
+            self._report_new(attempt, recipe, 0, planned, report)
+            return
         outcome: dict[str, BaseException] = {}
 
         def work() -> None:
             quiet = ProgressBoard(Console(quiet=True))
             try:
-                job(recipe, Run(directory), quiet)
+                importlib.import_module(f"jobs.{stage}").run(recipe, Run(attempt), quiet)
             except BaseException as error:  # the edge of a thread: the trial raises it
                 outcome["error"] = error
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        seen, last = 0, _planned_steps(recipe, self._config)
+        seen = 0
         while thread.is_alive():
             thread.join(POLL_S)
             # A trial that has reported its last step may be ended; first the stage must be whole.
-            seen = self._report_new(directory, seen, last - 1, report)
+            seen = self._report_new(attempt, recipe, seen, planned - 1, report)
         if "error" in outcome:
             raise outcome["error"]
-        self._report_new(directory, seen, last, report)
+        self._report_new(attempt, recipe, seen, planned, report)
 
-    def _report_new(self, directory: Path, seen: int, last: int, report: Report) -> int:
-        """Report the rows after step `seen` and up to `last`; the last step reported."""
-        for row in read_metrics(directory, self._config.stage):
-            if seen < row["step"] <= last and self._config.metric in row:
-                seen = int(row["step"])
-                checkpoint = None
-                if self._config.scheduler == "pbt":
-                    checkpoint = _newest_checkpoint(directory, self._config.stage)
-                report(row, checkpoint)
+    def _report_new(
+        self, attempt: Path, recipe: Recipe, seen: int, last: int, report: Report
+    ) -> int:
+        """Report the rows after step `seen` and up to `last`; the last step reported. Raises
+        `SearchError` when what is compared is not among what the stage measures."""
+        config, every = self._config, getattr(recipe, self._config.stage).checkpoint_every
+        copied = config.scheduler == "pbt"
+        for row in read_metrics(attempt, config.stage):
+            step = int(row["step"])
+            if not seen < step <= last:
+                continue
+            saved = step % every == 0 or step == _planned_steps(recipe, config)
+            if saved and config.metric not in row:
+                names = ", ".join(sorted(row.keys() - {"step", "time"}))
+                raise SearchError(
+                    f"tune.metric={config.metric} is no column of the trials' metrics; choose from "
+                    f"{names}"
+                )
+            # A trial that is paused or copied goes on from what was reported with its last row.
+            if config.metric in row and (saved or not copied):
+                seen = step
+                report(row, offer_checkpoint(attempt, config.stage, step) if copied else None)
         return seen
+
+
+def begin_copy(directory: Path, stage: str) -> Path:
+    """A run directory for a trial that goes on as a copy; what it had before is not needed."""
+    copies = sorted(directory.glob("copy-*"))
+    for old in (directory, *copies):
+        for left in (stage, f".{stage}.partial", OFFER):
+            shutil.rmtree(old / left, ignore_errors=True)
+    attempt = directory / COPY.format(len(copies) + 1)
+    attempt.mkdir()
+    return attempt
+
+
+def find_attempt(directory: Path) -> Path:
+    """The run directory in which a trial trained last."""
+    return max(directory.glob("copy-*"), default=directory)
+
+
+def offer_checkpoint(attempt: Path, stage: str, step: int) -> Path | None:
+    """A trial's checkpoint of `step`, or a later one, linked to where nothing removes it; None when
+    there is none and will be none."""
+    store, offer = attempt / f".{stage}.partial" / CHECKPOINTS, attempt / OFFER
+    deadline = time.monotonic() + SAVED_S
+    while store.is_dir() and time.monotonic() < deadline:
+        shutil.rmtree(offer, ignore_errors=True)
+        found = list_checkpoints(store)
+        if found and found[-1].name >= name_step(step):
+            try:
+                return Path(shutil.copytree(found[-1], offer, copy_function=_link))
+            except OSError:  # removed in between, for a newer one
+                continue
+        events = read_lines(store.parent / EVENTS_FILE)
+        if any(row["what"] == "checkpoint_failed" and row["step"] >= step for row in events):
+            return None
+        time.sleep(POLL_S / 10)
+    return None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def trial_recipe(
@@ -214,13 +285,14 @@ def read_metrics(directory: Path, stage: str) -> list[dict[str, Any]]:
 
 def find_file(directory: Path, stage: str, name: str) -> Path:
     """File `name` of a trial's stage, finished or in the making."""
+    directory = find_attempt(directory)
     finished = directory / stage / name
     return finished if finished.is_file() else directory / f".{stage}.partial" / name
 
 
 def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
     """A trial with what its stage says of itself."""
-    found = Run(directory).find(stage)
+    found = Run(find_attempt(directory)).find(stage)
     summary = {} if found is None else found.manifest.summary
     metrics = read_metrics(directory, stage)
     samples = [] if found is None else read_lines(found.path / SAMPLES_FILE)
@@ -237,7 +309,7 @@ def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
 
 def keep(recipe: Recipe, config: TuneConfig, best: Trial, storage: Path, draft: Draft) -> None:
     """The best trial's stage in `best/`, and the recipe that makes it."""
-    source = storage / best.name / config.stage
+    source = find_attempt(storage / best.name) / config.stage
     shutil.rmtree(draft.path / "best", ignore_errors=True)
     shutil.copytree(source, draft.path / "best", ignore=shutil.ignore_patterns("manifest.json"))
     chosen = change(
@@ -246,6 +318,8 @@ def keep(recipe: Recipe, config: TuneConfig, best: Trial, storage: Path, draft: 
     body = chosen.model_dump(mode="json", exclude_unset=True, exclude={"tune", "redo"})
     text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
     comment = f"# The best of {config.metric}={best.metric:.4f}, found by jobs.tune.\n"
+    if config.scheduler == "pbt":
+        comment += "# Of its last steps: pbt changed these values on the way to best/.\n"
     (draft.path / "best.yaml").write_text(comment + text, encoding="utf-8")
 
 
@@ -273,17 +347,6 @@ def _progress(storage: Path, config: TuneConfig, steps: int) -> tuple[float, str
         return done, ""
     best = min(values) if config.goal == "min" else max(values)
     return done, f"best {config.metric} {best:.4f}"
-
-
-def _newest_checkpoint(directory: Path, stage: str) -> Path | None:
-    """The newest finished checkpoint of a trial; it may be a step or two behind."""
-    deadline = time.monotonic() + 5.0
-    while time.monotonic() < deadline:
-        found = sorted((directory / f".{stage}.partial" / ".checkpoints").glob("step-*"))
-        if found:
-            return found[-1]
-        time.sleep(POLL_S)
-    return None
 
 
 if __name__ == "__main__":

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from jobs import tune
-from jobs.tune import check_values
+from jobs.intent import TRIALS, perform_search
+from jobs.tune import StageTrial, begin_copy, check_values, find_attempt, offer_checkpoint
 from raylign.config import ConfigError, Recipe, UserError, load_recipe
 from raylign.models.loading import load_model
-from raylign.run import Run
+from raylign.run import Draft, Run
 from raylign.tracking import ProgressBoard, read_lines
-from raylign.training.tuning import Trial, best_trial, check_search, count_trials
+from raylign.training.checkpoints import list_checkpoints, name_step
+from raylign.training.loop import CHECKPOINTS
+from raylign.training.tuning import (
+    EXPERIMENT,
+    SearchError,
+    Trial,
+    best_trial,
+    check_search,
+    count_trials,
+    search,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_recipe(directory: Path, model: Path, **changes: Any) -> Path:
+def write_recipe(
+    directory: Path, model: Path, training: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
     """A search of two learning rates over six steps of fine-tuning on sums of words."""
     data = directory / "data.jsonl"
     rows = [
@@ -59,7 +76,8 @@ def write_recipe(directory: Path, model: Path, **changes: Any) -> Path:
             "sample_tokens": 3,
             "engine": {"backend": "torch"},
             "workers": {"count": 1},
-        },
+        }
+        | (training or {}),
         "tune": search | changes,
     }
     file = directory / "recipe.yaml"
@@ -71,11 +89,12 @@ def write_recipe(directory: Path, model: Path, **changes: Any) -> Path:
 def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search that was interrupted once on the way; its recipe."""
     directory = tmp_path_factory.mktemp("tune")
-    recipe = write_recipe(directory, tiny_model, concurrent=1)
-    command = [sys.executable, "-m", "jobs.tune", str(recipe)]
+    # The data's path is relative to where the command is given.
+    recipe = write_recipe(directory, tiny_model, {"data": "data.jsonl"}, concurrent=1)
+    command = [sys.executable, "-m", "jobs.tune", recipe.name]
     environment = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
     first = subprocess.Popen(
-        command, cwd=ROOT, env=_environ(environment), stderr=subprocess.PIPE, text=True
+        command, cwd=directory, env=_environ(environment), stderr=subprocess.PIPE, text=True
     )
     trials = directory / "run/.tune.partial/.trials"
     deadline = time.monotonic() + 300
@@ -87,7 +106,12 @@ def searched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     message = first.communicate(timeout=60)[1]
     assert first.returncode == 130, message
     done = subprocess.run(
-        command, cwd=ROOT, env=_environ(environment), capture_output=True, text=True, timeout=400
+        [*command, "tune.cpus=0.4", "sft.engine.timeout_s=90"],  # may differ
+        cwd=directory,
+        env=_environ(environment),
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return recipe
@@ -128,6 +152,147 @@ def make_recipe(tmp_path: Path, tiny_model: Path, **changes: Any) -> Recipe:
     return load_recipe(write_recipe(tmp_path, tiny_model, **changes))
 
 
+@pytest.mark.slow
+def test_a_copied_trial_goes_on_from_the_better_ones_weights(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two trials, one of which cannot learn anything: it becomes a copy of the other."""
+    training = {"steps": 400, "checkpoint_every": 20, "batch_size": 8, "sample_prompts": []}
+    space = {"optimizer.lr": [1e-9, 1e-2]}
+    changes = {"space": space, "scheduler": "pbt", "grace_steps": 20, "cpus": 0.4, "metric": "loss"}
+    recipe = make_recipe(tmp_path, tiny_model, training=training, **changes)
+    assert recipe.tune is not None
+    storage = tmp_path / "trials"
+    function = StageTrial(recipe, recipe.tune, tmp_path / "run")
+    trials = search(function, recipe.tune, 400, storage, seed=0)
+    assert [trial.status for trial in trials] == ["finished"] * 2, trials
+    copy = find_attempt(storage / trials[0].name)
+    assert copy.name.startswith("copy-"), "the first one is the one that learns nothing"
+    [started] = [row for row in read_lines(copy / "sft/events.jsonl") if row["what"] == "started"]
+    assert started["step"] >= 20 and started["step"] % 20 == 0
+    first, *_, last = read_lines(copy / "sft/metrics.jsonl")
+    assert first["step"] == started["step"] + 10 and last["step"] == 400
+    # Of 57 words it would know nothing otherwise, and had learnt nothing before.
+    own = (storage / EXPERIMENT / trials[0].name / "result.json").read_text("utf-8").splitlines()
+    before = [row["loss"] for row in map(json.loads, own) if row["step"] <= started["step"]]
+    assert before[0] > 3.5 and first["loss"] < before[0] - 1
+    assert not (copy.parent / "sft").exists() and not (copy.parent / ".sft.partial").exists()
+
+
+def make_attempt(tmp_path: Path, *steps: int) -> Path:
+    """A trial in the making that has saved checkpoints at `steps`."""
+    store = tmp_path / "trial" / ".sft.partial" / CHECKPOINTS
+    for step in steps:
+        (store / name_step(step) / "hf").mkdir(parents=True)
+        (store / name_step(step) / "hf" / "weights").write_text(f"{step}")
+    return tmp_path / "trial"
+
+
+def test_a_checkpoint_that_is_offered_stays_when_the_trial_removes_its_own(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, 2, 4)
+    offered = offer_checkpoint(attempt, "sft", 4)
+    assert offered is not None
+    for path in list_checkpoints(attempt / ".sft.partial" / CHECKPOINTS):
+        own = (path / "hf" / "weights").stat()
+        shutil.rmtree(path)
+    assert (offered / "hf" / "weights").read_text() == "4"
+    assert (offered / "hf" / "weights").stat().st_ino == own.st_ino, "nothing was copied"
+
+
+def test_a_row_waits_for_its_checkpoint_as_long_as_there_may_be_one(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, 2)
+    draft = attempt / ".sft.partial"
+    thread = threading.Timer(0.3, lambda: make_attempt(tmp_path, 4))
+    thread.start()
+    offered = offer_checkpoint(attempt, "sft", 4)
+    assert offered is not None and (offered / "hf" / "weights").read_text() == "4"
+    # A later one does as well; one that failed is not waited for, nor one of a stage that is whole.
+    assert offer_checkpoint(attempt, "sft", 3) == offered
+    (draft / "events.jsonl").write_text('{"what": "checkpoint_failed", "step": 6}\n')
+    assert offer_checkpoint(attempt, "sft", 6) is None
+    draft.rename(attempt / "sft")
+    assert offer_checkpoint(attempt, "sft", 8) is None
+
+
+def test_a_copy_has_a_run_directory_of_its_own(tmp_path: Path) -> None:
+    trial = make_attempt(tmp_path, 2)
+    assert find_attempt(trial) == trial
+    first = begin_copy(trial, "sft")
+    assert find_attempt(trial) == first and not (trial / ".sft.partial").exists()
+    (first / "sft").mkdir()
+    second = begin_copy(trial, "sft")
+    assert find_attempt(trial) == second != first and not (first / "sft").exists()
+
+
+def test_a_metric_that_is_not_there_is_told_at_the_first_checkpoint(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model, metric="valdation_loss")
+    assert recipe.tune is not None
+    trial = StageTrial(recipe, recipe.tune, tmp_path)
+    attempt = make_attempt(tmp_path, 2)
+    rows = attempt / ".sft.partial" / "metrics.jsonl"
+    rows.write_text('{"step": 1, "time": 0, "loss": 4}\n')
+    reported: list[Any] = []
+    assert trial._report_new(attempt, recipe, 0, 5, lambda *row: reported.append(row)) == 0
+    with rows.open("a") as stream:
+        stream.write('{"step": 2, "time": 0, "loss": 3, "validation_loss": 4}\n')
+    with pytest.raises(SearchError) as caught:
+        trial._report_new(attempt, recipe, 0, 5, lambda *row: reported.append(row))
+    assert not reported and str(caught.value) == (
+        "tune.metric=valdation_loss is no column of the trials' metrics; choose from loss, "
+        "validation_loss"
+    )
+
+
+@pytest.mark.slow
+def test_what_one_trial_finds_out_ends_the_search(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = make_recipe(tmp_path, tiny_model, concurrent=1).tune
+    assert config is not None
+    calls = tmp_path / "calls"
+
+    def refuse(values: Any, directory: Path, report: Any, donor: Any) -> None:
+        with calls.open("a") as stream:
+            stream.write("x")
+        raise SearchError("tune.metric=x is no column")
+
+    with pytest.raises(SearchError, match="is no column"):
+        search(refuse, config, 6, tmp_path / "trials", 0)
+    assert calls.read_text() == "x", "the second one is not tried"
+
+
+def test_what_a_search_depends_on_must_stay(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """An unfinished search goes on with other resources, and not with other trials."""
+    run = Run(tmp_path / "run")
+    board = ProgressBoard(Console(quiet=True))
+
+    def attempt(outcome: type[BaseException], training: Any = None, **changes: Any) -> None:
+        recipe = make_recipe(tmp_path, tiny_model, training=training, **changes)
+        assert recipe.tune is not None and recipe.sft is not None
+
+        def build(draft: Draft) -> None:
+            rows = draft.path / TRIALS / "t_00000" / "sft" / "metrics.jsonl"
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            rows.touch()
+            raise KeyboardInterrupt
+
+        with pytest.raises(outcome) as caught:
+            perform_search(run, recipe.tune, recipe.sft, 0, {}, board, build)
+        if outcome is UserError:
+            assert "(trials: 1)" in str(caught.value) and "redo=tune" in str(caught.value)
+
+    attempt(KeyboardInterrupt)
+    attempt(KeyboardInterrupt, concurrent=1, cpus=0.25)
+    attempt(KeyboardInterrupt, {"micro_batch_size": 2, "engine": {"timeout_s": 90.0}})
+    attempt(UserError, {"checkpoint_every": 3})
+    attempt(UserError, {"steps": 12})
+    attempt(UserError, metric="loss")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -139,6 +304,7 @@ def make_recipe(tmp_path: Path, tiny_model: Path, **changes: Any) -> Recipe:
             "low=2 must be below high=1",
         ),
         ({"scheduler": "pbt", "space": {"adapter.rank": [2, 4]}}, "cannot change while a model"),
+        ({"scheduler": "pbt", "concurrent": 1}, "tune.concurrent=1 is less than the 2 trials"),
     ],
 )
 def test_an_impossible_search_is_refused(

@@ -25,12 +25,18 @@ from raylign.config import RangeConfig, TuneConfig, UserError
 
 STEP = "step"
 FAILURE_FILE = "failure.txt"
+REFUSAL_FILE = "refusal.txt"
+"""Why no trial of this search can succeed, once one has found out."""
 EXPERIMENT = "experiment"
 
 Report = Callable[[Mapping[str, float], Path | None], None]
 """A row of metrics with its `step`, and the checkpoint that goes with it, if any."""
 TrialFunction = Callable[[Mapping[str, Any], Path, Report, Path | None], None]
 """(values by key, the trial's directory, report, checkpoint to begin with) run to the end."""
+
+
+class SearchError(UserError):
+    """A mistake that every trial would make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,12 @@ def check_search(config: TuneConfig) -> None:
             f"tune.space.{fixed[0]} cannot change while a model trains, as pbt does; search "
             "optimizer.* keys with it, or use tune.scheduler=asha"
         )
+    if config.scheduler == "pbt" and config.concurrent < count_trials(config):
+        raise UserError(
+            f"tune.scheduler=pbt copies between trials that run side by side, and "
+            f"tune.concurrent={config.concurrent} is less than the {count_trials(config)} trials; "
+            "raise it (fractions of tune.cpus or tune.gpus let them share), or try fewer"
+        )
 
 
 def search(
@@ -91,8 +103,10 @@ def search(
     """Run all trials, going on with those that an interrupted search had begun.
 
     steps: of a whole trial. `storage` keeps the search's state and a directory for each trial.
+    Raises `SearchError` when one of them says that none can succeed.
     """
     storage.mkdir(parents=True, exist_ok=True)
+    _Draws.at_once = config.concurrent
     trainable = tune.with_resources(_Trainable(function, storage, config), {"CPU": 0.01})
     path = storage / EXPERIMENT
     if tune.Tuner.can_restore(str(path)):
@@ -111,15 +125,21 @@ def search(
                 metric=config.metric,
                 mode=config.goal,
                 scheduler=_build_scheduler(config, steps),
-                search_alg=BasicVariantGenerator(
-                    random_state=seed % 2**32, max_concurrent=config.concurrent
-                ),
+                search_alg=_Draws(random_state=seed % 2**32),
                 num_samples=config.trials if config.search == "random" else 1,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
-            run_config=tune.RunConfig(name=EXPERIMENT, storage_path=str(storage), verbose=0),
+            run_config=tune.RunConfig(
+                name=EXPERIMENT,
+                storage_path=str(storage),
+                stop={STEP: steps},  # who has come so far is neither paused nor copied over
+                verbose=0,
+            ),
         )
     found = [_describe(result, config, steps, storage) for result in tuner.fit()]
+    refusal = storage / REFUSAL_FILE
+    if refusal.is_file():
+        raise SearchError(refusal.read_text(encoding="utf-8"))
     return sorted(found, key=lambda trial: trial.name)
 
 
@@ -136,6 +156,18 @@ def best_trial(trials: Sequence[Trial], config: TuneConfig) -> Trial:
     return min(finished, key=lambda trial: (sign * trial.metric, trial.name))
 
 
+class _Draws(BasicVariantGenerator):
+    """Ray Tune's draws. How many trials there are at once is this process's to say: a search that
+    was interrupted may go on with another number than the one stored with it."""
+
+    at_once = 1
+
+    def next_trial(self) -> Any:
+        """The next one to start, or None."""
+        self.max_concurrent = self.at_once
+        return super().next_trial()
+
+
 class _Trainable:
     """What Ray Tune calls in a process of its own for each trial."""
 
@@ -143,21 +175,25 @@ class _Trainable:
 
     def __init__(self, function: TrialFunction, storage: Path, config: TuneConfig) -> None:
         self._function, self._storage = function, storage
-        self._metric = config.metric
 
     def __call__(self, values: dict[str, Any]) -> None:
         directory = self._storage / tune.get_context().get_trial_id()
         directory.mkdir(exist_ok=True)
         donor = tune.get_checkpoint()
+        refusal = self._storage / REFUSAL_FILE
 
         def report(row: Mapping[str, float], checkpoint: Path | None) -> None:
+            # Ray copies a checkpoint before this returns.
             found = None if checkpoint is None else tune.Checkpoint(str(checkpoint))
-            if self._metric in row:
-                tune.report(dict(row), checkpoint=found)
+            tune.report(dict(row), checkpoint=found)
 
         try:
+            if refusal.is_file():
+                raise SearchError(refusal.read_text(encoding="utf-8"))
             self._function(values, directory, report, None if donor is None else Path(donor.path))
         except UserError as error:
+            if isinstance(error, SearchError):
+                refusal.write_text(str(error), encoding="utf-8")
             (directory / FAILURE_FILE).write_text(str(error), encoding="utf-8")
             raise
 
