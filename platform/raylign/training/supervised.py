@@ -183,9 +183,14 @@ class _Picture:
         output = self._task.output
         rows = read_lines(output / METRICS_FILE)
         points = sum(row["step"] % self._task.checkpoint_every == 0 for row in rows)
-        if last or points > self._points:
+        if not last and points <= self._points:
+            return
+        try:
             draw_curve(rows, self._task.name, output / CURVE_FILE)
-            self._points, self._drawn = points, time.monotonic()
+        except OSError as error:
+            if last or not is_out_of_room(error):
+                raise  # while ranks run, it is they who say that the disk is full
+        self._points, self._drawn = points, time.monotonic()
 
 
 def _require_room(name: str, workers: WorkersConfig) -> None:
