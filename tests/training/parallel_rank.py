@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from raylign.config import AdapterConfig, EngineConfig, ModelConfig, OptimizerCo
 from raylign.config.training import PeftKind
 from raylign.models.adapters import adapt
 from raylign.models.crossentropy import score_targets
+from raylign.models.enclosure import Enclosure
 from raylign.models.heads import configure_scorer, score_states
 from raylign.models.loading import initialise
 from raylign.models.logprobs import score_tokens
@@ -166,7 +168,12 @@ def draw_rows(step: int) -> TextRows:
 
 
 def build(given: Case, seed: int = 7) -> Engine:
-    return build_engine(given.engine, assemble(given, seed), OPTIMIZER)
+    model = assemble(given, seed)
+    if given.engine.zero_stage < 3:
+        return build_engine(given.engine, model, OPTIMIZER)
+    # A model that no device has room for: DeepSpeed would move it, weights that are not shared out.
+    with patch.object(Enclosure, "to", side_effect=AssertionError("all of it is on one device")):
+        return build_engine(given.engine, model, OPTIMIZER)
 
 
 def assemble(given: Case, seed: int = 7) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raylign.config import EngineConfig, OptimizerConfig
+from raylign.config import AdapterConfig, EngineConfig, OptimizerConfig
 from raylign.models.assembly import ModelPlan
 from raylign.training.engine import build_engine
 from raylign.training.objectives import score_text
@@ -33,9 +33,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def kept(parameter: torch.Tensor) -> bool:
+    """Whether a weight is whole on every rank also while it is not used."""
+    return getattr(parameter, "ds_persist", True)
+
+
 def train(base: Path, kind: Any, config: EngineConfig) -> dict[str, Any]:
     """Losses over all ranks, gradient norms, and the weights at the end."""
-    plan = ModelPlan(base, 3, peft=kind, dtype=config.dtype)
+    # Large enough to be shared out at stage 3.
+    adapter = AdapterConfig(rank=32) if kind == "loha" else AdapterConfig()
+    plan = ModelPlan(base, 3, peft=kind, adapter=adapter, dtype=config.dtype)
     engine = build_engine(config, plan.build(), OptimizerConfig(lr=LR, clip=1.0))
     stream = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, 50, (ROWS, LENGTH), generator=stream)
@@ -45,6 +52,7 @@ def train(base: Path, kind: Any, config: EngineConfig) -> dict[str, Any]:
         engine.rank * ROWS // engine.world_size, (engine.rank + 1) * ROWS // engine.world_size
     )
     found: dict[str, Any] = {"losses": [], "norms": []}
+    found["released"] = [n for n, p in engine.lm.named_parameters() if not kept(p)]
     for _ in range(STEPS):
         loss = score_text(engine.module, tokens[share], trained[share]) / trained.sum()
         engine.backward(loss)

@@ -125,8 +125,8 @@ def test_a_plan_knows_what_a_rank_holds(found: dict[str, list[Found]], case: str
     blueprint = count(config.to_dict())
     engine = EngineConfig(zero_stage=0, tensor_parallel=2)
     planned = estimate(blueprint, blueprint.total, engine, 1, 1, 16, False).weights / 4
-    # Biases of what is cut by rows are few, and counted as if they were whole.
-    assert planned == pytest.approx(found[case][0]["held"], rel=2e-3 if "gptj" in case else 0)
+    # Biases of what is cut by outputs are few, and counted as if they were whole.
+    assert planned == pytest.approx(found[case][0]["held"], rel=5e-3 if "gptj" in case else 0)
 
 
 @pytest.mark.parametrize("case", ROUGH)

@@ -88,6 +88,22 @@ def test_two_ranks_take_the_steps_of_one(
         assert torch.allclose(found["weights"][name], tensor, atol=5e-2 if rough else 2e-5), name
 
 
+@pytest.mark.parametrize(
+    ("case", "part"),
+    [
+        ("dora-zero3", "q_proj.base_layer.weight"),  # read by the adapter, to measure its rows
+        ("loha-zero3", "gate_proj.hada_w1_a.default"),  # read by no forward of its own
+        ("qlora-zero3", "q_proj.base_layer.weight"),
+        ("lora-zero3", "embed_tokens.weight"),  # the head, used outside its module
+    ],
+)
+def test_weights_that_others_read_are_shared_out_too(
+    group: dict[str, Any], case: str, part: str
+) -> None:
+    """Or the steps of stage 3 above would show nothing."""
+    assert any(name.endswith(part) for name in group[case]["released"])
+
+
 def test_loraplus_steps_as_pefts_own_optimizer(tiny_model: Path) -> None:
     adapter = AdapterConfig(rank=4, alpha=8, targets=("q_proj", "v_proj"), lr_ratio=8.0)
     lm = ModelPlan(tiny_model, 3, peft="loraplus", adapter=adapter).build()
@@ -178,7 +194,8 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_exactly(
     task, _ = finetuned(kind)
     again = replace(task, output=tmp_path)
     loop = SupervisedLoop(replace(again, steps=18))
-    loop._validate = _Interrupt(loop._validate, after=2)  # type: ignore[method-assign]
+    measure = loop._validation.measure
+    loop._validation.measure = _Interrupt(measure, after=2)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         loop.run()
     loop._checkpoints.finish()
