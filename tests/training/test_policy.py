@@ -76,8 +76,9 @@ def test_any_split_gives_the_same_policy(
         batch_of([trajectories[i] for i in rows], [weights[i] for i in rows]) for rows in split
     ]
     found = pieces.update([*batches, None], 1e-3, passes)
+    # Adam makes a step of up to 1e-3 of any gradient, and of the rounding in a small one too.
     for name, tensor in whole.weights.items():
-        torch.testing.assert_close(pieces.weights[name], tensor, atol=2e-6, rtol=0)
+        torch.testing.assert_close(pieces.weights[name], tensor, atol=5e-6, rtol=0)
     for name in ("loss", "kl", "entropy", "grad_norm"):
         assert found[name].mean == pytest.approx(expected[name].mean, abs=1e-5), name
 
