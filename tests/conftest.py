@@ -23,6 +23,8 @@ LONGEST_FILES = (
     "test_resume.py",
     "test_engines.py",
     "test_parallel.py",
+    "test_tune_job.py",
+    "test_pipeline.py",
 )
 
 WORDS = [f"w{i}" for i in range(52)]

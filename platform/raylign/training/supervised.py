@@ -32,6 +32,7 @@ from raylign.training.curve import CURVE_FILE, draw_curve
 from raylign.training.export import ADAPTER, MODEL
 from raylign.training.heartbeat import Laggard, Mark, Pulse, Watch, end_process, locate
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
+from raylign.training.reservation import note_reservation
 from raylign.training.room import explain_full, is_out_of_room
 
 POLL_S = 0.5
@@ -90,6 +91,7 @@ def train_rank(config: Mapping[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(task.threads)
     rank = ray.train.get_context().get_world_rank()
     node = ray.get_runtime_context().get_node_id()
+    note_reservation(task.output / _RAY_FILES)
     pulse = Pulse(task.output / _HEARTBEATS, rank, node)
     loop: SupervisedLoop | None = None
     try:

@@ -22,6 +22,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator
 
 from raylign.config import RangeConfig, TuneConfig, UserError
+from raylign.training.reservation import release_reservations
 
 STEP = "step"
 FAILURE_FILE = "failure.txt"
@@ -133,6 +134,7 @@ def search(
                 name=EXPERIMENT,
                 storage_path=str(storage),
                 stop={STEP: steps},  # who has come so far is neither paused nor copied over
+                callbacks=[_Release(storage)],
                 verbose=0,
             ),
         )
@@ -168,6 +170,19 @@ class _Draws(BasicVariantGenerator):
         return super().next_trial()
 
 
+class _Release(tune.Callback):
+    """Gives back what the ranks of a trial hold once Ray Tune has ended it, early or not."""
+
+    def __init__(self, storage: Path) -> None:
+        self._storage = storage
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        release_reservations(self._storage / trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        release_reservations(self._storage / trial.trial_id)
+
+
 class _Trainable:
     """What Ray Tune calls in a process of its own for each trial."""
 
@@ -179,6 +194,7 @@ class _Trainable:
     def __call__(self, values: dict[str, Any]) -> None:
         directory = self._storage / tune.get_context().get_trial_id()
         directory.mkdir(exist_ok=True)
+        release_reservations(directory)  # of the attempt before, which was paused or killed
         donor = tune.get_checkpoint()
         refusal = self._storage / REFUSAL_FILE
 
