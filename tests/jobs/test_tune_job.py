@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.util import placement_group_table
 from rich.console import Console
 
 from jobs import tune
@@ -181,8 +180,6 @@ def test_a_copied_trial_goes_on_from_the_better_ones_weights(
     own = (storage / EXPERIMENT / trials[0].name / "result.json").read_text("utf-8").splitlines()
     before = [row["loss"] for row in map(json.loads, own) if row["step"] <= started["step"]]
     assert before[0] > 3.5 and first["loss"] < before[0] - 1
-    left = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    assert not left, "ended trials hold nothing"
     assert not (copy.parent / "sft").exists() and not (copy.parent / ".sft.partial").exists()
 
 

@@ -4,17 +4,23 @@ Ray keeps a placement group until both the actor and the job that made it have e
 one job, and stops, pauses and copies trials by ending their actors, so that each of those would
 leave its ranks' share of the machine taken. (Ray Train 2.60 has an actor to clean up; it asks the
 dashboard, which private clusters do not have.) So ranks note what they are placed in, and whoever
-ends a trial, or starts it again, gives it back.
+ends a trial, or starts it again, gives it back. Those that were ended before they had noted it hold
+what nobody runs in, and give it back when somebody waits for it.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import ray
 from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 _SUFFIX = ".placement"
 
@@ -37,7 +43,53 @@ def release_reservations(directory: Path) -> int:
         if name.endswith(_SUFFIX)
     ]
     for note in notes:
-        identity = PlacementGroupID(bytes.fromhex(note.name.removesuffix(_SUFFIX)))
-        remove_placement_group(PlacementGroup(identity))
+        _remove(note.name.removesuffix(_SUFFIX))
         note.unlink(missing_ok=True)
     return len(notes)
+
+
+class IdleReservations:
+    """This job's placement groups in which nothing has run for a while."""
+
+    def __init__(self, patience_s: float, look_s: float = 2.0) -> None:
+        self._patience_s, self._look_s = patience_s, look_s
+        self._job: str = ray.get_runtime_context().get_job_id()
+        self._idle: dict[str, float] = {}
+        self._looked = 0.0
+
+    def release(self) -> int:
+        """Remove those that were idle at every look for `patience_s`, if another group of this job
+        waits for resources; how many. Looks every `look_s` at most, however often it is called."""
+        now = time.monotonic()
+        if now - self._looked < self._look_s:
+            return 0
+        self._looked = now
+        # The last bytes of an identity are the job's.
+        mine = {k: v for k, v in placement_group_table().items() if k.endswith(self._job)}
+        free = ray.available_resources()
+        self._idle = {
+            key: self._idle.get(key, now)
+            for key, group in mine.items()
+            if group["state"] == "CREATED" and _is_idle(key, group["bundles"], free)
+        }
+        if all(group["state"] != "PENDING" for group in mine.values()):
+            return 0
+        late = [key for key, since in self._idle.items() if now - since >= self._patience_s]
+        for key in late:
+            _remove(key)
+        return len(late)
+
+
+def _is_idle(key: str, bundles: dict[int, dict[str, float]], free: dict[str, float]) -> bool:
+    """Whether all that a group has reserved is free within it."""
+    wanted: dict[str, float] = {}
+    for bundle in bundles.values():
+        for name, amount in bundle.items():
+            wanted[name] = wanted.get(name, 0.0) + amount
+    return all(
+        free.get(f"{name}_group_{key}", 0.0) > amount - 1e-6 for name, amount in wanted.items()
+    )
+
+
+def _remove(key: str) -> None:
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))

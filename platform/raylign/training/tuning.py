@@ -22,13 +22,15 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator
 
 from raylign.config import RangeConfig, TuneConfig, UserError
-from raylign.training.reservation import release_reservations
+from raylign.training.reservation import IdleReservations, release_reservations
 
 STEP = "step"
 FAILURE_FILE = "failure.txt"
 REFUSAL_FILE = "refusal.txt"
 """Why no trial of this search can succeed, once one has found out."""
 EXPERIMENT = "experiment"
+PATIENCE_S = 20.0
+"""How long what a trial had reserved may stay unused while another waits for it."""
 
 Report = Callable[[Mapping[str, float], Path | None], None]
 """A row of metrics with its `step`, and the checkpoint that goes with it, if any."""
@@ -175,6 +177,10 @@ class _Release(tune.Callback):
 
     def __init__(self, storage: Path) -> None:
         self._storage = storage
+        self._idle = IdleReservations(PATIENCE_S)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        self._idle.release()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         release_reservations(self._storage / trial.trial_id)
