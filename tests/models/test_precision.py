@@ -89,4 +89,4 @@ def test_reading_an_adapted_model_says_nothing_of_kernels(tiny_model: Path) -> N
     )
     command = [sys.executable, "-c", script, str(tiny_model)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert found.stderr == found.stdout == ""
+    assert "gemm" not in found.stderr + found.stdout, found.stderr
