@@ -41,6 +41,7 @@ CONFINED = {
         "raylign.data.corpus*",
         "raylign.training.supervised",
         "raylign.training.tuning",
+        "raylign.training.reservation",
         "actors*",
         "jobs*",
     ),
