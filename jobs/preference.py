@@ -25,7 +25,7 @@ from jobs import comparisons
 from jobs.comparisons import ROWS, Source, check, locate_data, prepare_rows, print_examples
 from jobs.entry import locate_start, locate_tokenizer, main, section
 from jobs.intent import perform_training
-from jobs.pretrain import count_steps, plan_model, show
+from jobs.pretrain import compose_task, count_steps, plan_model, show
 from raylign.algorithms.preference import Numbers, find_loss
 from raylign.config import PreferenceConfig, Recipe, UserError
 from raylign.models.heads import require_language_model
@@ -173,7 +173,8 @@ def plan(
     draft: Draft,
 ) -> SupervisedTask:
     """The task as every rank gets it."""
-    return SupervisedTask(
+    return compose_task(
+        config,
         name=STAGE,
         output=draft.path,
         model=plan_model(config, model, derive_seed(seed, STAGE, "weights")),
@@ -189,14 +190,6 @@ def plan(
         ),
         seed=derive_seed(seed, STAGE, "order"),
         steps=count_steps(STAGE, config, draft.summary["rows"]),
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        checkpoint_every=config.checkpoint_every,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        engine=config.engine,
-        threads=config.workers.threads,
-        checkpoints=config.checkpoints,
         prompts=tuple((text, _ask(text, tokenizer)) for text in config.sample_prompts),
         sample_tokens=config.sample_tokens,
     )

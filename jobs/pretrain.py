@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jobs.plan import OPTION, answer_early, choose_length, show_plan
 
@@ -146,7 +147,8 @@ def plan(
     prompts = (
         (text, spell.encode(text, add_special_tokens=False)) for text in config.sample_prompts
     )
-    return SupervisedTask(
+    return compose_task(
+        config,
         name="pretrain",
         output=draft.path,
         model=plan_model(config, start, derive_seed(seed, "pretrain", "weights")),
@@ -156,6 +158,14 @@ def plan(
         ),
         seed=derive_seed(seed, "pretrain", "order"),
         steps=count_steps("pretrain", config, rows),
+        prompts=tuple((text, tuple(ids)) for text, ids in prompts),
+        sample_tokens=config.sample_tokens,
+    )
+
+
+def compose_task(config: TrainingConfig, **own: Any) -> SupervisedTask:
+    """A stage's task: what every training section says of it, and `own`, which its job says."""
+    return SupervisedTask(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         checkpoint_every=config.checkpoint_every,
@@ -164,8 +174,7 @@ def plan(
         engine=config.engine,
         threads=config.workers.threads,
         checkpoints=config.checkpoints,
-        prompts=tuple((text, tuple(ids)) for text, ids in prompts),
-        sample_tokens=config.sample_tokens,
+        **own,
     )
 
 

@@ -24,7 +24,7 @@ from jobs import comparisons
 from jobs.comparisons import ROWS, Source, check, locate_data, prepare_rows, print_examples
 from jobs.entry import locate_start, locate_tokenizer, main, section
 from jobs.intent import perform_training
-from jobs.pretrain import count_steps, plan_model, show
+from jobs.pretrain import compose_task, count_steps, plan_model, show
 from raylign.config import Recipe, RewardModelConfig
 from raylign.data.preferences import Kind
 from raylign.models.assembly import Head
@@ -80,7 +80,8 @@ def plan(
 ) -> SupervisedTask:
     """The task as every rank gets it."""
     head: Head = "steps" if config.kind == "process" else "score"
-    return SupervisedTask(
+    return compose_task(
+        config,
         name=STAGE,
         output=draft.path,
         model=plan_model(config, model, derive_seed(seed, STAGE, "weights"), head),
@@ -94,14 +95,6 @@ def plan(
         ),
         seed=derive_seed(seed, STAGE, "order"),
         steps=count_steps(STAGE, config, draft.summary["rows"]),
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        checkpoint_every=config.checkpoint_every,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        engine=config.engine,
-        threads=config.workers.threads,
-        checkpoints=config.checkpoints,
         prompts=(),
         sample_tokens=1,
     )

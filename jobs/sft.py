@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from jobs.entry import locate, locate_start, locate_tokenizer, main, section
 from jobs.examples import print_examples
 from jobs.intent import perform_training
-from jobs.pretrain import count_steps, plan_model, show
+from jobs.pretrain import compose_task, count_steps, plan_model, show
 from raylign.config import Recipe, SftConfig, UserError
 from raylign.data.chat import (
     Conversation,
@@ -223,7 +223,8 @@ def plan(
     model_plan = plan_model(config, model, derive_seed(seed, "sft", "weights"))
     closing = draft.summary["ends_with"]
     stops = () if closing is None else (tokenizer.convert_tokens_to_ids(closing),)
-    return SupervisedTask(
+    return compose_task(
+        config,
         name="sft",
         output=draft.path,
         model=replace(model_plan, stops=stops),
@@ -233,14 +234,6 @@ def plan(
         ),
         seed=derive_seed(seed, "sft", "order"),
         steps=count_steps("sft", config, draft.summary["rows"]),
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        checkpoint_every=config.checkpoint_every,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        engine=config.engine,
-        threads=config.workers.threads,
-        checkpoints=config.checkpoints,
         prompts=tuple((text, _ask(text, tokenizer)) for text in config.sample_prompts),
         sample_tokens=config.sample_tokens,
     )
