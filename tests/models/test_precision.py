@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from raylign.models.folding import attach_adapter, trained_weights
 from raylign.models.loading import load_model
 from raylign.models.merging import merge_adapter
 from raylign.models.precision import narrow
+
+PLATFORM = Path(__file__).resolve().parents[2] / "platform"
 
 
 def list_types(module: nn.Module) -> set[torch.dtype]:
@@ -88,5 +91,6 @@ def test_reading_an_adapted_model_says_nothing_of_kernels(tiny_model: Path) -> N
         "plain_weights(load_model(Path(sys.argv[1]))); assert 'bitsandbytes' in sys.modules"
     )
     command = [sys.executable, "-c", script, str(tiny_model)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": str(PLATFORM)}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "gemm" not in found.stderr + found.stdout, found.stderr

@@ -92,4 +92,4 @@ def test_reading_and_measuring_hold_no_more_of_a_longer_file(tmp_path: Path) -> 
     # The first time is to compile and to load; its peak says nothing.
     _, (before, *counted), (after, *counted_more) = json.loads(done.stdout)
     assert counted == [few, few] and counted_more == [many, many]
-    assert after - before < 0.25 * (sizes[1] - sizes[0])
+    assert after - before < 0.5 * (sizes[1] - sizes[0])
