@@ -14,6 +14,7 @@ from rich.console import Console
 from raylign.tracking import (
     EVENTS_FILE,
     METRICS_FILE,
+    GrowingLines,
     JsonTracker,
     Metric,
     ProgressBoard,
@@ -51,6 +52,26 @@ def test_what_is_tracked_can_be_read_while_the_run_goes_on(tmp_path: Path) -> No
     tracker.close()
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.5)]
     assert (events[0]["actor"], events[0]["end"]) == ("rollout-0", 2.0)
+
+
+def test_a_growing_file_gives_what_reading_it_whole_gives(tmp_path: Path) -> None:
+    file = tmp_path / METRICS_FILE
+    lines = GrowingLines(file)
+    assert lines.read() == []
+    text = "".join(json.dumps({"step": step, "why": "ä\u2028"}) + "\n" for step in range(4))
+    written = text.encode()
+    for end in range(len(written) + 1):
+        file.write_bytes(written[:end])
+        ended = written[: written.rfind(b"\n", 0, end) + 1]
+        assert lines.read() == [json.loads(line) for line in ended.split(b"\n") if line]
+    draft = tmp_path / "rewound"  # as the loop does when it goes back to a checkpoint
+    draft.write_text("".join(f'{{"step": {step}}}\n' for step in range(100)))
+    draft.replace(file)
+    assert [row["step"] for row in lines.read()] == list(range(100))
+    file.write_text('{"step": 7}\n')
+    assert lines.read() == [{"step": 7}]
+    file.unlink()
+    assert lines.read() == []
 
 
 def test_a_line_cut_short_at_any_byte_costs_itself_only(tmp_path: Path) -> None:

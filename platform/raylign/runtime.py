@@ -25,7 +25,7 @@ _configured = RayConfig()
 
 # Worker processes inherit these; each is needed before its library is imported.
 _LIBRARY_ENV = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # `report()` waits for one poll of 2 s otherwise
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # so soon a dead rank, or the end, is noticed
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

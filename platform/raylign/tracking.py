@@ -106,16 +106,47 @@ def _append_lines(file: Path) -> IO[str]:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file (none if it does not exist) but for a line cut short by a kill."""
+    return _parse_lines(file.read_bytes()) if file.is_file() else []
+
+
+def _parse_lines(text: bytes) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    if not file.is_file():
-        return rows
     # Not text.splitlines(): a JSON string may hold U+2028 and its like, which that takes for ends.
-    for line in file.read_bytes().split(b"\n"):
+    for line in text.split(b"\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
     return rows
+
+
+class GrowingLines:
+    """Rows of a JSON-lines file that someone else is writing; each is read once.
+
+    A file that was replaced, or cut, is read again from its start.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._rows: list[dict[str, Any]] = []
+        self._inode = self._read = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows so far, but for a last line that is not ended yet."""
+        try:
+            with self._file.open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                if status.st_ino != self._inode or status.st_size < self._read:
+                    self._rows, self._inode, self._read = [], status.st_ino, 0
+                stream.seek(self._read)
+                text = stream.read()
+        except FileNotFoundError:
+            self._rows, self._inode, self._read = [], 0, 0
+            return self._rows
+        ended = text[: text.rfind(b"\n") + 1]
+        self._read += len(ended)
+        self._rows += _parse_lines(ended)
+        return self._rows
 
 
 class _RateColumn(TextColumn):

@@ -44,6 +44,7 @@ from raylign.models.acceleration import accelerate
 from raylign.models.loading import initialise
 from raylign.models.presets import build_config
 from raylign.tokenization.train import train_bpe
+from raylign.tracking import METRICS_FILE, GrowingLines
 
 RANKS, ROWS, LENGTH, VOCABULARY = 2, 4, 256, 1024
 MODEL = ModelConfig(hidden_size=256, layers=6, heads=4, kv_heads=4, ffn_size=704)
@@ -112,9 +113,10 @@ class Marks(threading.Thread):
         self.seen: list[tuple[int, float, float]] = []
 
     def run(self) -> None:
+        lines = GrowingLines(self.metrics)
         while not self.over.wait(0.05):
-            rows = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-            step = json.loads(rows[-1])["step"] if rows and rows[-1].endswith("}") else 0
+            rows = lines.read()
+            step = rows[-1]["step"] if rows else 0
             if step >= FROM and (not self.seen or step > self.seen[-1][0]):
                 self.seen.append((step, time.perf_counter(), sum_cpu_seconds()))
 
@@ -149,7 +151,7 @@ def sum_cpu_seconds() -> float:
 def measure_loop(shards: Path, steps: int, engine: EngineConfig) -> tuple[float, float]:
     """Wall and CPU seconds a step of the supervised loop on two Ray workers."""
     from raylign.models.assembly import ModelPlan
-    from raylign.tracking import METRICS_FILE, ProgressBoard
+    from raylign.tracking import ProgressBoard
     from raylign.training.loop import SupervisedTask
     from raylign.training.objectives import LanguageObjective
     from raylign.training.supervised import train

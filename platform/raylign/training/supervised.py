@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
 from raylign.runtime import disconnect
-from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, JsonTracker, read_lines
+from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, GrowingLines, JsonTracker, read_lines
 from raylign.training.admission import require_trainable
 from raylign.training.checkpoints import retain
 from raylign.training.curve import CURVE_FILE, draw_curve
@@ -64,12 +64,13 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     # A thread of its own: Ray Train would take over Ctrl-C in the main one.
     thread.start()
     watch = Watch(task.output / _HEARTBEATS, task.engine.timeout_s)
-    picture = _Picture(task)
+    metrics, events = (GrowingLines(task.output / name) for name in (METRICS_FILE, EVENTS_FILE))
+    picture = _Picture(task, metrics)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
             _end_hung(task, watch.look())
-            _show(task, bar)
+            _show(bar, metrics.read(), events.read())
             picture.draw()
     except KeyboardInterrupt:
         disconnect()  # else ranks would go on writing where the draft is being removed
@@ -175,20 +176,20 @@ def _end_where_it_runs(mark: Mark) -> bool:
 class _Picture:
     """The loss curve, drawn again when there is more of it."""
 
-    def __init__(self, task: SupervisedTask) -> None:
-        self._task, self._points, self._drawn = task, 0, 0.0
+    def __init__(self, task: SupervisedTask, metrics: GrowingLines) -> None:
+        self._task, self._metrics = task, metrics
+        self._points, self._drawn = 0, 0.0
 
     def draw(self, last: bool = False) -> None:
         """At every checkpoint, unless they follow each other too quickly."""
         if not last and time.monotonic() - self._drawn < CURVE_S:
             return
-        output = self._task.output
-        rows = read_lines(output / METRICS_FILE)
+        rows = self._metrics.read()
         points = sum(row["step"] % self._task.checkpoint_every == 0 for row in rows)
         if not last and points <= self._points:
             return
         try:
-            draw_curve(rows, self._task.name, output / CURVE_FILE)
+            draw_curve(rows, self._task.name, self._task.output / CURVE_FILE)
         except OSError as error:
             if last or not is_out_of_room(error):
                 raise  # while ranks run, it is they who say that the disk is full
@@ -207,14 +208,12 @@ def _require_room(name: str, workers: WorkersConfig) -> None:
             )
 
 
-def _show(task: SupervisedTask, bar: Bar) -> None:
-    rows = read_lines(task.output / METRICS_FILE)
+def _show(bar: Bar, rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
     if rows:
         row = rows[-1]
         checked = [r["validation_loss"] for r in rows if "validation_loss" in r]
         note = f"loss {row['loss']:.3f}"
         note += f"  validation {checked[-1]:.3f}" if checked else ""
-        events = read_lines(task.output / EVENTS_FILE)
         restarts = _count_restarts(events)
         note += f"  {restarts} restarts" if restarts else ""
         note += _tell_failure(events)
