@@ -59,8 +59,9 @@ def resolve_algorithm(config: AlgorithmConfig) -> tuple[Algorithm, Coefficients]
     Raises `ValueError` for an unknown name.
     """
     algorithm = find_algorithm(config.name)
-    given = config.model_dump(exclude={"name", "updates_per_batch"}, exclude_none=True)
     own = {name: getattr(algorithm.coefficients, name) for name in Coefficients.__slots__}
+    given = {k: v for k, v in config.model_dump(exclude_none=True).items() if k in own}
+    given["importance_cap"] = config.importance.cap
     return algorithm, Coefficients(**(own | given))
 
 

@@ -31,6 +31,9 @@ class Scores:
     end: float
 
 
+_WEIGHTS = {"correct": 1.0, "format": 0.1}
+
+
 class RewardWorker:
     """One reward function behind a Ray actor."""
 
@@ -85,4 +88,8 @@ class RewardPool:
 
 def spawn_reward_worker(name: str, options: dict[str, object], config: RewardConfig) -> ActorHandle:
     """Start a `RewardWorker` actor with the given Ray resources."""
-    return ray.remote(RewardWorker).options(**options).remote(name, config.source, config.weights)
+    return (
+        ray.remote(RewardWorker)
+        .options(**options)
+        .remote(name, config.source, config.weights or _WEIGHTS)
+    )

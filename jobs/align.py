@@ -59,9 +59,14 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
 def check(config: AlignConfig) -> None:
     """What can be known to be wrong before anything is started; raises `UserError`."""
     try:
-        resolve_algorithm(config.algorithm)
+        algorithm, _ = resolve_algorithm(config.algorithm)
     except ValueError as error:
         raise UserError(f"align.algorithm.name: {error}") from None
+    if algorithm.needs_groups and config.group_size < 2:
+        raise UserError(
+            f"align.group_size={config.group_size}: {algorithm.name} compares the completions of a "
+            "prompt with each other; give 2 or more, or choose an algorithm that needs no groups"
+        )
     load_reward(config.reward.source)
     if config.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(

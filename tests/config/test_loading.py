@@ -152,7 +152,7 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             "r.yaml:2: align.rollout.dtype='float16': input should be 'float32' or 'bfloat16'",
         ),
         (
-            "align:\n  group_size: 1\n  steps: 0\n",
+            "align:\n  group_size: 0\n  steps: 0\n",
             "r.yaml:3: align.steps=0: input should be greater than or equal to 1 (and 1 more)",
         ),
         (

@@ -75,6 +75,12 @@ def test_unknown_algorithm_and_reward_are_refused_early() -> None:
         check(AlignConfig(reward=RewardConfig(source="arithmetics")))
 
 
+def test_a_group_of_one_is_refused_where_groups_are_compared() -> None:
+    with pytest.raises(UserError, match=r"align.group_size=1: grpo compares"):
+        check(AlignConfig(group_size=1))
+    check(AlignConfig(group_size=1, algorithm=AlgorithmConfig(name="reinforce_pp")))
+
+
 def test_vllm_not_installed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

@@ -1,12 +1,12 @@
 """Every knob of Raylign: typed, frozen, one line of documentation each."""
 
+from raylign.config.algorithm import AlgorithmConfig, ImportanceConfig, ValueConfig
 from raylign.config.alignment import (
-    AlgorithmConfig,
     AlignConfig,
+    CriticConfig,
+    GuardConfig,
     LearnerConfig,
-    RewardConfig,
-    RolloutConfig,
-    SamplingConfig,
+    SinksConfig,
 )
 from raylign.config.corpus import PrepareConfig
 from raylign.config.decontamination import DecontaminateConfig, EvaluationSetConfig
@@ -17,6 +17,20 @@ from raylign.config.model import ModelConfig, RopeScalingConfig
 from raylign.config.preference import ComparisonConfig, PreferenceConfig, RewardModelConfig
 from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
 from raylign.config.recipe import RayConfig, Recipe
+from raylign.config.rewarding import (
+    JudgeConfig,
+    RewardConfig,
+    RewardPartConfig,
+    SandboxConfig,
+    ShapingConfig,
+)
+from raylign.config.rollouts import (
+    EnvironmentConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ScalingConfig,
+    TransferConfig,
+)
 from raylign.config.section import Section, UserError
 from raylign.config.shards import MixtureConfig
 from raylign.config.sources import SourceConfig
@@ -45,11 +59,16 @@ __all__ = [
     "ClassifierConfig",
     "ComparisonConfig",
     "ConfigError",
+    "CriticConfig",
     "DecontaminateConfig",
     "DedupConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "EvaluateConfig",
     "EvaluationSetConfig",
+    "GuardConfig",
+    "ImportanceConfig",
+    "JudgeConfig",
     "LearnerConfig",
     "LinesConfig",
     "MergeConfig",
@@ -66,21 +85,28 @@ __all__ = [
     "Recipe",
     "RewardConfig",
     "RewardModelConfig",
+    "RewardPartConfig",
     "RolloutConfig",
     "RopeScalingConfig",
     "SamplingConfig",
+    "SandboxConfig",
+    "ScalingConfig",
     "ScheduleConfig",
     "Section",
     "SftConfig",
+    "ShapingConfig",
     "SignalsConfig",
+    "SinksConfig",
     "SourceConfig",
     "SubstringConfig",
     "SynthesiseConfig",
     "TextbookConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "TransferConfig",
     "TuneConfig",
     "UserError",
+    "ValueConfig",
     "WorkersConfig",
     "change",
     "check_warmup",

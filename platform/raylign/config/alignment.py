@@ -1,99 +1,31 @@
-"""Knobs of `align`: reinforcement learning on rollout, reward and learner actors."""
+"""Knobs of `align`: reinforcement learning on rollout, reward, judge and learner actors."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raylign.config.section import Section
+from raylign.config.algorithm import AlgorithmConfig
+from raylign.config.rewarding import JudgeConfig, RewardConfig
+from raylign.config.rollouts import (
+    EnvironmentConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ScalingConfig,
+    TransferConfig,
+)
+from raylign.config.section import Count, Section
 from raylign.config.training import (
     AdapterConfig,
+    CheckpointConfig,
     EngineConfig,
     OptimizerConfig,
     ScheduleConfig,
     check_peft,
     check_warmup,
 )
-
-Count = Annotated[int, Field(ge=1)]
-
-
-class SamplingConfig(Section):
-    """How completions are drawn."""
-
-    temperature: float = Field(default=1.0, ge=0)
-    """0 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus mass."""
-    top_k: int = Field(default=0, ge=0)
-    """0 keeps the whole vocabulary."""
-    max_tokens: Count = 96
-    """Longest completion."""
-
-
-class AlgorithmConfig(Section):
-    """A row of the algorithm catalog; a coefficient not given is the one its authors used."""
-
-    name: str = "grpo"
-    """Row of `raylign.algorithms.catalog`."""
-    clip_low: float | None = Field(default=None, gt=0, le=1)
-    """Policy ratio is clipped below at 1 - clip_low."""
-    clip_high: float | None = Field(default=None, gt=0)
-    """Policy ratio is clipped above at 1 + clip_high."""
-    kl_coef: float | None = Field(default=None, ge=0)
-    """Weight of KL(policy || reference) in the loss; 0 needs no reference."""
-    entropy_coef: float | None = Field(default=None, ge=0)
-    """Weight of the entropy bonus."""
-    importance_cap: float | None = Field(default=None, gt=0)
-    """Truncation of the learner/rollout importance ratio."""
-    updates_per_batch: Count = 1
-    """Optimizer steps on each batch of trajectories."""
-
-
-class RolloutConfig(Section):
-    """vLLM workers that generate."""
-
-    count: Count = 2
-    """Workers."""
-    cpus: float = Field(default=0.5, ge=0)
-    """Ray CPUs a worker."""
-    gpus: float = Field(default=0.0, ge=0)
-    """Ray GPUs a worker."""
-    threads: Count = 1
-    """Threads of a CPU worker."""
-    backend: Literal["vllm", "transformers"] = "vllm"
-    """`transformers` is slow and needs nothing beyond torch."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the served weights."""
-    kv_cache_mb: Count = 256
-    """KV cache of a CPU worker, in MiB."""
-    max_sequences: Count = 256
-    """Sequences decoded at once."""
-    start_deadline_s: float = Field(default=300.0, gt=0)
-    """A worker that has not loaded its model by then is replaced."""
-    deadline_s: float = Field(default=120.0, gt=0)
-    """A worker that has not answered a request by then is replaced."""
-    max_restarts: int = Field(default=3, ge=0)
-    """Replacements over the whole run before it gives up."""
-    canary_tolerance: float = Field(default=1e-2, gt=0)
-    """Largest mean |logprob difference| to the learner that may serve after a weight sync."""
-
-
-class RewardConfig(Section):
-    """What scores trajectories."""
-
-    source: str = "arithmetic"
-    """A verifier's name, or `module:function` taking (completion, reference)."""
-    count: Count = 1
-    """Workers."""
-    cpus: float = Field(default=0.2, ge=0)
-    """Ray CPUs a worker."""
-    timeout_s: float = Field(default=30.0, gt=0)
-    """Longest scoring of one batch."""
-    weights: dict[str, float] = Field(default={"correct": 1.0, "format": 0.1})
-    """Weight of each named part in the total."""
 
 
 class LearnerConfig(Section):
@@ -109,6 +41,55 @@ class LearnerConfig(Section):
     """Torch threads a rank."""
     token_budget: Count = 8192
     """Padded tokens a rank computes at once."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest update, publication or save; a rank that hangs is found by engine.timeout_s."""
+    start_deadline_s: float = Field(default=300.0, gt=0)
+    """Longest start of the group."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of the group over the whole run before it gives up."""
+
+
+class CriticConfig(Section):
+    """The value function of algorithms that have one."""
+
+    model: Path | None = None
+    """What it is made from: a reward model's stage, or any model; the policy when not given."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, weight_decay=0.0)
+    """AdamW of the critic."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """First steps in which the critic alone learns."""
+
+
+class GuardConfig(Section):
+    """What counts as a collapse, and what is then done."""
+
+    action: Literal["rollback", "stop", "warn"] = "rollback"
+    """rollback: back to the last good checkpoint, with other samples and half the learning rate."""
+    max_rollbacks: int = Field(default=2, ge=0)
+    """Before the run stops after all."""
+    window: Count = 5
+    """Steps whose mean is judged."""
+    min_entropy: float | None = Field(default=None, gt=0)
+    """Nats a token, below which the policy has collapsed."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Nats a token from the reference, above which the policy has run away."""
+    min_length: float | None = Field(default=None, gt=0)
+    """Sampled tokens, below which completions have shrunk to nothing."""
+    max_truncated: float | None = Field(default=None, gt=0, le=1)
+    """Share of completions cut off at their longest."""
+
+
+class SinksConfig(Section):
+    """Where metrics go besides the stage's own files; none of them can fail the run."""
+
+    tensorboard: bool = True
+    """Event files in the stage's directory."""
+    wandb: str | None = None
+    """Project of Weights & Biases; wandb must be installed."""
+    mlflow: str | None = None
+    """Experiment of MLflow; mlflow must be installed."""
+    trackio: str | None = None
+    """Project of Trackio; trackio must be installed."""
 
 
 class AlignConfig(Section):
@@ -122,28 +103,41 @@ class AlignConfig(Section):
     """Policy versions to publish."""
     prompts_per_step: Count = 64
     """Prompts a step."""
-    group_size: int = Field(default=8, ge=2)
+    group_size: Count = 8
     """Completions a prompt."""
     max_staleness: int = Field(default=1, ge=0)
-    """Policy versions a sample may lag behind the learner; 0 is synchronous."""
+    """Policy versions a sample may lag behind the learner; 0 is synchronous, and the same to the
+    bit whenever it is run again."""
+    in_flight: Literal["continue", "restart"] = "continue"
+    """What becomes of unfinished completions when weights change under them: they go on under the
+    new weights, or start over."""
     peft: Literal["none", "lora", "qlora", "dora"] = "none"
     """Train a small adapter in place of all weights; what is published has it folded in, and the
     reference is the policy without it."""
     adapter: AdapterConfig = AdapterConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     sampling: SamplingConfig = SamplingConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    transfer: TransferConfig = TransferConfig()
     reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
     learner: LearnerConfig = LearnerConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, weight_decay=0.0)
     schedule: ScheduleConfig = ScheduleConfig(shape="constant", warmup_steps=2)
     engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
+    sinks: SinksConfig = SinksConfig()
     mismatch_sample: int = Field(default=32, ge=0)
     """Trajectories a step whose rollout logprobs are recomputed at their own version."""
     examples_every: Count = 5
     """Steps between saved example rollouts."""
-    checkpoint_every: int = Field(default=0, ge=0)
-    """Steps between saved policies besides the last; 0 saves the last only."""
+    checkpoint_every: Count = 10
+    """Steps between checkpoints, from which a learner that died or a run that was stopped goes
+    on."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _check_engine(self) -> AlignConfig:
@@ -168,4 +162,17 @@ class AlignConfig(Section):
             raise ValueError(
                 "adapter.dropout would train another policy than the one that samples; leave it out"
             )
+        if self.transfer.adapter_only and self.peft != "lora":
+            raise ValueError(
+                f"transfer.adapter_only needs peft=lora, not {self.peft}; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> AlignConfig:
+        placed = self.judge.model is not None or self.judge.endpoint is not None
+        if self.reward.judged and not placed:
+            raise ValueError("reward.source=judge: give judge.model or judge.endpoint")
+        if self.judge.model_fields_set and not self.reward.judged:
+            raise ValueError("judge has no effect unless reward.source, or a part's, is judge")
         return self
