@@ -29,6 +29,7 @@ FREE: dict[str, Any] = SEARCH_FREE | {
     "checkpoint_every": True,
     "sample_prompts": True,
     "sample_tokens": True,
+    "sample_temperature": True,
 }
 RESOURCES = {"concurrent", "cpus", "gpus"}
 """Of `tune`: what a search does not depend on."""

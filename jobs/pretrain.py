@@ -160,6 +160,7 @@ def plan(
         steps=count_steps("pretrain", config, rows),
         prompts=tuple((text, tuple(ids)) for text, ids in prompts),
         sample_tokens=config.sample_tokens,
+        sample_temperature=config.sample_temperature,
     )
 
 

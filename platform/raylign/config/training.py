@@ -236,9 +236,11 @@ class PretrainConfig(TrainingConfig):
     isolate_documents: bool = True
     """No attention across the documents of a packed row."""
     sample_prompts: tuple[str, ...] = ("Return the ", "What is 12 + 7? ", "To add, ")
-    """Continued greedily at every checkpoint."""
+    """Continued at every checkpoint."""
     sample_tokens: Count = 48
     """Tokens of each continuation."""
+    sample_temperature: float = Field(default=0.0, ge=0)
+    """Of the continuations; 0 is greedy."""
 
 
 class SftConfig(TrainingConfig):

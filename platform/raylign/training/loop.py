@@ -78,6 +78,7 @@ class SupervisedTask:
     prompts: tuple[tuple[str, tuple[int, ...]], ...]
     """Shown text and token ids to continue at every checkpoint."""
     sample_tokens: int
+    sample_temperature: float = 0.0
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -247,7 +248,7 @@ class SupervisedLoop:
         )
 
     def _sample(self, done: int) -> None:
-        """Continue the prompts greedily, on the first rank, however long that takes; collective."""
+        """Continue the prompts on the first rank, however long that takes; collective."""
         task, engine = self._task, self._engine
         if not task.prompts:
             return
@@ -260,7 +261,8 @@ class SupervisedLoop:
             sampler = Sampler(lm, self._tokenizer)
             with (task.output / SAMPLES_FILE).open("a", encoding="utf-8") as stream:
                 for shown, ids in task.prompts:
-                    text = sampler.complete(ids, task.sample_tokens)
+                    seed = derive_seed(task.seed, "sample", str(done), shown)
+                    text = sampler.complete(ids, task.sample_tokens, task.sample_temperature, seed)
                     stream.write(json.dumps({"step": done, "prompt": shown, "text": text}) + "\n")
 
         self._peers.ask_first(write, self._touch)

@@ -16,28 +16,34 @@ COMPARISON_FILE = "samples.md"
 
 
 class Sampler:
-    """Greedy continuation with transformers; leaves the model in evaluation mode."""
+    """Continuation with transformers; leaves the model in evaluation mode."""
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._lm, self._tokenizer = lm.eval(), tokenizer
 
     @torch.no_grad()
-    def complete(self, prompt: Sequence[int], tokens: int) -> str:
+    def complete(
+        self, prompt: Sequence[int], tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> str:
         """Up to `tokens` tokens after `prompt`, decoded, ended by the end of sequence or of the
-        model's context."""
+        model's context. Greedy at temperature 0, else drawn by `seed`."""
         room = int(self._lm.config.max_position_embeddings) - len(prompt)
         if room < 1:
             return ""
         ids = torch.tensor([list(prompt)], device=self._lm.device)
         settings = GenerationConfig(
-            do_sample=False,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
             max_new_tokens=min(tokens, room),
             eos_token_id=list(list_stops(self._lm.config, self._tokenizer)),
             pad_token_id=pad_id(self._tokenizer),
         )
-        output = self._lm.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )
+        devices = [ids.device] if ids.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            output = self._lm.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
         return self._tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
 
 
