@@ -70,7 +70,7 @@ def test_versions_span_the_sampled_tokens_alone() -> None:
 
 
 def test_collate_pads_right_and_masks_everything_it_adds() -> None:
-    rows = [make(2, 2, start=10, version=3), make(1, 4, start=20, version=4)]
+    rows = [make(2, 2, start=10, version=3).scored(2.5, {}), make(1, 4, start=20, version=4)]
     per_token = np.array([9.0, 0.1, 0.2, 0.3, 0.4])  # the untrained 9 must vanish
     batch = collate(rows, [0.5, per_token], [0.25, 1.0], pad_id=7)
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 7], [20, 21, 22, 23, 24]]
@@ -82,8 +82,9 @@ def test_collate_pads_right_and_masks_everything_it_adds() -> None:
         batch.advantages, torch.tensor([[0, 0, 0.5, 0.5, 0], [0, 0.1, 0.2, 0.3, 0.4]])
     )
     assert batch.weights.tolist() == [[0, 0, 0.25, 0.25, 0], [0, 1, 1, 1, 1]]
+    assert batch.rewards.tolist() == [[0, 0, 0, 2.5, 0], [0] * 5]  # the other has none yet
     assert (batch.rows, batch.loss_tokens) == (2, 6)
-    kinds = {name: getattr(batch, name).dtype for name in Batch.__slots__}
+    kinds = {n: t.dtype for n in Batch.__slots__ if (t := getattr(batch, n)) is not None}
     assert kinds == {
         "tokens": torch.int64,
         "lengths": torch.int64,
@@ -92,7 +93,24 @@ def test_collate_pads_right_and_masks_everything_it_adds() -> None:
         "versions": torch.int32,
         "advantages": torch.float32,
         "weights": torch.float32,
+        "rewards": torch.float32,
     }
+
+
+def test_a_reward_stands_on_the_last_token_that_was_sampled() -> None:
+    tool = replace(make(2, 3), loss_mask=np.array([False, False, True, False, False]))
+    silent = make(4, 0)  # it said nothing, and there is no token to hold what it got
+    batch = collate([tool.scored(0.5, {}), silent.scored(1.0, {})], [0, 0], [0, 0], pad_id=0)
+    assert batch.rewards.tolist() == [[0, 0, 0.5, 0, 0], [0] * 5]
+
+
+def test_what_the_learner_fills_in_goes_with_its_rows() -> None:
+    batch = collate([make(1, 2), make(1, 4)], [0, 0], [0, 0], pad_id=0)
+    values = torch.arange(10.0).view(2, 5)
+    filled = replace(batch, values=values)
+    assert filled.select([0]).values.tolist() == [[0, 1, 2]]
+    moved = filled.to(torch.device("meta"))
+    assert moved.values.is_meta and moved.returns is None
 
 
 def test_collate_refuses_what_does_not_match() -> None:
@@ -109,9 +127,13 @@ def test_selecting_rows_is_collating_them() -> None:
     chosen = [3, 0, 2]
     expected = collate([rows[i] for i in chosen], [0.4, 0.1, 0.3], [4.0, 1.0, 3.0], pad_id=0)
     selected = whole.select(chosen)
-    for name in Batch.__slots__:
+    for name in list_filled(expected):
         torch.testing.assert_close(getattr(selected, name), getattr(expected, name))
     assert whole.select([]).rows == 0
+
+
+def list_filled(batch: Batch) -> list[str]:
+    return [name for name in Batch.__slots__ if getattr(batch, name) is not None]
 
 
 def cover(groups: list[list[int]]) -> list[int]:

@@ -7,7 +7,7 @@ nothing predicts) is never trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -57,6 +57,12 @@ class Trajectory:
     """Total reward, once scored."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     """Named parts of the total."""
+    worker: str = ""
+    """Who sampled it; of several, who ended it."""
+    turns: int = 1
+    """Times that the policy spoke."""
+    environment_reward: float | None = None
+    """What its environment gave for it, where there was one."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -103,6 +109,17 @@ class Batch:
     weights: torch.Tensor
     """float32 [B, T]: each token's share of the loss, 0 where it is not trained. Shares are set for
     the whole step before it is split over ranks and micro-batches: any split sums to the same."""
+    rewards: torch.Tensor
+    """float32 [B, T]: each trajectory's total on its last sampled token, 0 elsewhere."""
+    old_logprobs: torch.Tensor | None = None
+    """float32 [B, T], like all that follow filled by the learner: its own policy before the first
+    optimizer step on this batch."""
+    reference_logprobs: torch.Tensor | None = None
+    """float32 [B, T]"""
+    values: torch.Tensor | None = None
+    """float32 [B, T]: what the critic expected when token t was chosen, before its first step."""
+    returns: torch.Tensor | None = None
+    """float32 [B, T]: what the critic should have expected."""
 
     @property
     def rows(self) -> int:
@@ -114,21 +131,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self._map(lambda tensor: tensor.to(device))
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows, cut to their own longest sequence."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.lengths.device)
         width = int(self.lengths[index].max()) if len(rows) else 1
-        return Batch(
-            tokens=self.tokens[index, :width],
-            lengths=self.lengths[index],
-            loss_mask=self.loss_mask[index, :width],
-            behaviour_logprobs=self.behaviour_logprobs[index, :width],
-            versions=self.versions[index, :width],
-            advantages=self.advantages[index, :width],
-            weights=self.weights[index, :width],
+        return self._map(
+            lambda tensor: tensor[index][:, :width] if tensor.ndim > 1 else tensor[index]
         )
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """`function` of every tensor that is there."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{n: None if t is None else function(t) for n, t in found.items()})
 
 
 def collate(
@@ -150,6 +166,7 @@ def collate(
     versions = np.full((rows, width), -1, np.int32)
     gains = np.zeros((rows, width), np.float32)
     shares = np.zeros((rows, width), np.float32)
+    rewards = np.zeros((rows, width), np.float32)
     each = enumerate(zip(trajectories, advantages, weights, strict=True))
     for row, (trajectory, advantage, weight) in each:
         n = len(trajectory.token_ids)
@@ -159,6 +176,8 @@ def collate(
         versions[row, :n] = trajectory.versions
         gains[row, :n] = np.where(trajectory.loss_mask, advantage, 0.0)
         shares[row, :n] = np.where(trajectory.loss_mask, weight, 0.0)
+        if trajectory.reward is not None and trajectory.sampled_tokens:
+            rewards[row, np.flatnonzero(trajectory.loss_mask)[-1]] = trajectory.reward
     return Batch(
         tokens=torch.from_numpy(tokens),
         lengths=torch.tensor([len(t.token_ids) for t in trajectories]),
@@ -167,6 +186,7 @@ def collate(
         versions=torch.from_numpy(versions),
         advantages=torch.from_numpy(gains),
         weights=torch.from_numpy(shares),
+        rewards=torch.from_numpy(rewards),
     )
 
 
