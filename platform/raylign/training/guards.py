@@ -1,0 +1,66 @@
+"""When a run has collapsed: judged by the mean of the last few steps, as the recipe says."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raylign.config import GuardConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """A bound that was crossed."""
+
+    metric: str
+    value: float
+    """Mean over the window."""
+    bound: float
+    first: int
+    """The window's first step."""
+    key: str
+    """Of the recipe, below `align.guard`."""
+
+    def describe(self, window: int) -> str:
+        """One line."""
+        side = "below" if self.value < self.bound else "above"
+        return (
+            f"{self.metric} is {self.value:.4g} over the last {window} steps, {side} "
+            f"align.guard.{self.key}={self.bound:g}"
+        )
+
+
+class Guard:
+    """Watches the metrics of every step."""
+
+    # Key of the recipe, metric, and whether the bound is a lower one.
+    _RULES = (
+        ("min_entropy", "entropy", True),
+        ("max_kl", "kl", False),
+        ("min_length", "length", True),
+        ("max_truncated", "truncated", False),
+    )
+
+    def __init__(self, config: GuardConfig) -> None:
+        self._config = config
+        self._seen: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=config.window)
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> Breach | None:
+        """The first bound that the window's mean has crossed, once the window is full."""
+        self._seen.append((step, metrics))
+        if len(self._seen) < self._config.window:
+            return None
+        for key, metric, lower in self._RULES:
+            bound = getattr(self._config, key)
+            values = [m[metric] for _, m in self._seen if metric in m]
+            if bound is None or len(values) < self._config.window:
+                continue
+            mean = sum(values) / len(values)
+            if mean < bound if lower else mean > bound:
+                return Breach(metric, mean, bound, self._seen[0][0], key)
+        return None
+
+    def forget(self) -> None:
+        """Start over, after a rollback."""
+        self._seen.clear()
