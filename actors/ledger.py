@@ -52,7 +52,7 @@ class Ledger:
         self._stream = None if file is None else file.open("a", encoding="utf-8")
 
     def dispatch(self, request: str, step: int, prompt: str, completions: int) -> None:
-        """Completions of a prompt are asked for. Raises `LedgerError` for a request that is open."""
+        """Completions of a prompt are asked for. Raises `LedgerError` if the request is open."""
         if request in self._open:
             raise LedgerError(f"request {request} is already in flight")
         self._open[request] = completions

@@ -111,7 +111,7 @@ def read_batch(file: Path) -> LearnerBatch | None:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
     ends = np.cumsum(arrays["lengths"])
-    trajectories = []
+    trajectories: list[Trajectory] = []
     for row, end in zip(body["trajectories"], ends, strict=True):
         start = end - arrays["lengths"][len(trajectories)]
         parts = {name: arrays[name][start:end] for name in _ARRAYS}
@@ -133,7 +133,7 @@ def _concatenate(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
 def _sum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     found = xxhash.xxh3_128(text.encode())
     for name in (*_ARRAYS, "lengths"):
-        found.update(np.ascontiguousarray(arrays[name]).view(np.uint8))
+        found.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
     return found.hexdigest()
 
 
