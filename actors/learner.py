@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from transformers import PreTrainedModel
 
 from actors.weights import Canary, WeightManifest, publish_weights
-from raylign.algorithms.catalog import Algorithm, find_algorithm
+from raylign.algorithms.catalog import Algorithm, find_algorithm, resolve_coefficients
 from raylign.algorithms.policy import Coefficients
 from raylign.config import AlgorithmConfig, AlignConfig
 from raylign.models.assembly import ModelPlan
@@ -56,13 +56,34 @@ class LearnerReport:
 def resolve_algorithm(config: AlgorithmConfig) -> tuple[Algorithm, Coefficients]:
     """The catalog row, and its coefficients with the user's in place of the authors'.
 
-    Raises `ValueError` for an unknown name.
+    Raises `ValueError` for an unknown name, and for a key that has no effect with the algorithm.
     """
     algorithm = find_algorithm(config.name)
-    own = {name: getattr(algorithm.coefficients, name) for name in Coefficients.__slots__}
-    given = {k: v for k, v in config.model_dump(exclude_none=True).items() if k in own}
-    given["importance_cap"] = config.importance.cap
-    return algorithm, Coefficients(**(own | given))
+    given = {
+        key: getattr(config, key)
+        for key in Coefficients.__slots__
+        if getattr(config, key, None) is not None and key not in ("beta", "importance")
+    }
+    said = config.model_fields_set
+    if "beta" in said or algorithm.pairwise:
+        given["beta"] = config.beta
+    if "value" in said and not algorithm.needs_values:
+        raise ValueError(f"value has no effect with {algorithm.name}; leave it out")
+    if algorithm.needs_values:
+        value = config.value
+        given |= {"gamma": value.gamma, "lam": value.lam}
+        given |= {"value_clip": value.clip, "value_coef": value.coef}
+    if "importance" in said:
+        chosen = config.importance.model_dump(exclude_unset=True)
+        given["importance"] = replace(algorithm.coefficients.importance, **chosen)
+    if config.dynamic_sampling is not None:
+        algorithm = replace(algorithm, dynamic_sampling=config.dynamic_sampling)
+    coefficients = resolve_coefficients(algorithm, given)
+    if "kl_horizon" in said and config.kl_target is None:
+        raise ValueError("kl_horizon has no effect without kl_target; leave it out")
+    if config.kl_target is not None and coefficients.kl_coef == 0:
+        raise ValueError("kl_target adapts kl_coef, which is 0; give kl_coef")
+    return algorithm, coefficients
 
 
 class LearnerWorker:

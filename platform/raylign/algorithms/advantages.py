@@ -48,16 +48,12 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
     return torch.where(different, values - others, 0.0).to(rewards.dtype)
 
 
-def batch_normalised(rewards: Tensor, groups: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """Reward minus the mean of the whole batch, over its standard deviation (REINFORCE++,
-    arXiv:2501.03262).
-
-    Groups are ignored, so prompts may have one completion each; the argument is there for the
-    catalog's common signature. Arguments, result and errors otherwise as `group_relative`.
-    """
-    return group_relative(
-        rewards, torch.zeros_like(rewards, dtype=torch.int64), scale_by_std=True, eps=eps
-    )
+def keep_rewards(rewards: Tensor, groups: Tensor) -> Tensor:
+    """The rewards themselves [B]: no baseline but the batch's mean, which `whiten` subtracts from
+    every token's advantage (REINFORCE++, arXiv:2501.03262). Arguments and errors as
+    `group_relative`; groups are ignored."""
+    _group(rewards, groups)
+    return rewards
 
 
 def gae(

@@ -3,29 +3,29 @@
 Three policies meet in a loss, and it keeps them apart (decoupled PPO, arXiv:2110.00641):
 *behaviour* sampled the tokens (a rollout engine, perhaps some versions ago), *old* is the learner's
 own policy before the first update on this batch, and the current one is being changed. The clipped
-ratio is current / old. What lies between old and behaviour (staleness, and two implementations of
-one model that do not quite agree) enters as a truncated importance weight
-min(old / behaviour, cap), a constant of the gradient (Yao et al. 2025, "Your efficient RL framework
-secretly brings you off-policy RL training"; truncation: Ionides 2008).
+ratio is current / old. What lies between old and behaviour enters as a weight, a constant of the
+gradient; see `importance`.
 
 A loss is a sum of `weights * value` (see `weighting`): losses and gradients of micro-batches and
-ranks add up. Rows must stay whole, since GSPO's ratio belongs to the sequence. Positions of weight
-0 may hold anything.
+ranks add up. Rows must stay whole, since some ratios belong to the sequence. Positions of weight 0
+may hold anything.
 
 Metrics are (total, count) pairs of detached 0-d tensors, never read here, so nothing waits for the
-device. Counts are trained tokens, but for `loss`, whose count is the sum of the weights.
+device. Counts are trained tokens, but for `loss`, whose count is the sum of the weights. `kl` is
+always k3, whatever estimate is trained with, so that runs compare.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from raylign.algorithms.kl import MAX_LOG_RATIO, k3
-from raylign.algorithms.masked import divide, masked_sum, sequence_sums
+from raylign.algorithms.importance import Importance, Level, combine_ratios, correct_importance
+from raylign.algorithms.kl import ESTIMATORS, MAX_LOG_RATIO, k3
+from raylign.algorithms.masked import masked_sum
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -48,24 +48,42 @@ class PolicyInputs:
     """`weighting.token_weights`: positive on trained tokens, 0 elsewhere."""
     reference_logprobs: Tensor | None = None
     """The policy that KL holds on to."""
+    pairs: Tensor | None = None
+    """int64 [B], pairwise losses only: `online_preference.pair_numbers` of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Numbers of a policy loss."""
+    """Numbers of an algorithm: of its loss, and of how rewards become advantages."""
 
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound of the ratio for negative advantages; every loss that clips a surrogate has it."""
     kl_coef: float = 0.0
-    """Weight of k3, the estimate of KL(policy || reference)."""
+    """Weight of the estimate of KL(policy || reference)."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether the KL is a term of the loss, or taken off the rewards (see `credit`)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """A row of `kl.ESTIMATORS`."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    importance_cap: float = 2.0
-    """Truncation of old / behaviour."""
-    dual_clip: float = 3.0
-    """Bound of the ratio for negative advantages; `dual_clip_loss` only, must exceed 1."""
+    importance: Importance = field(default_factory=Importance)
+    """Correction of old / behaviour."""
+    gamma: float = 1.0
+    """Discount a token, with a value function."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    value_clip: float | None = 0.2
+    """Farthest that a value is moved by an update; None does not clip."""
+    value_coef: float = 0.5
+    """Weight of the critic's loss."""
+    whiten: bool = False
+    """Whether the advantages of a batch's tokens are brought to mean 0 and variance 1."""
+    beta: float = 0.1
+    """Pairwise losses: strength of their implicit KL."""
 
 
 def ppo_clip_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
@@ -73,33 +91,37 @@ def ppo_clip_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Ten
     inputs = _clean(inputs)
     ratio = _exp(inputs.logprobs - inputs.old_logprobs)
     surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
-    return _total(inputs, coefficients, surrogate, clipped, _log_importance(inputs))
-
-
-def dual_clip_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
-    """`ppo_clip_loss` that also bounds the ratio at `dual_clip` for negative advantages, where PPO
-    leaves it free (arXiv:1912.09729, eq. 5): one token that became far likelier cannot dominate."""
-    inputs = _clean(inputs)
-    ratio = _exp(inputs.logprobs - inputs.old_logprobs)
-    surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
-    floor = coefficients.dual_clip * inputs.advantages
-    floored = (inputs.advantages < 0) & (surrogate < floor)
-    surrogate, clipped = torch.where(floored, floor, surrogate), clipped | floored
-    return _total(inputs, coefficients, surrogate, clipped, _log_importance(inputs))
+    return _total(inputs, coefficients, surrogate, clipped)
 
 
 def gspo_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
     """Clipped surrogate with one ratio a sequence: the geometric mean of its tokens' ratios (GSPO,
-    arXiv:2507.18071, eq. 5 and 7). The importance weight is the sequence's too.
+    arXiv:2507.18071, eq. 5 and 7).
 
     Clip bounds are three orders of magnitude smaller than for token ratios.
     """
     inputs = _clean(inputs)
     active = inputs.weights > 0
-    ratio = _exp(_sequence_means(inputs.logprobs - inputs.old_logprobs, active))
-    surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
-    log_importance = _sequence_means(_log_importance(inputs), active)
-    return _total(inputs, coefficients, surrogate, clipped, log_importance)
+    logs = combine_ratios(inputs.logprobs - inputs.old_logprobs, active, "geometric")
+    surrogate, clipped = _clip(_exp(logs), inputs.advantages, coefficients)
+    return _total(inputs, coefficients, surrogate, clipped)
+
+
+def gspo_token_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
+    """`gspo_loss` for advantages that differ between the tokens of a sequence (arXiv:2507.18071,
+    eq. 13 and 14): the sequence's ratio is a constant, and the gradient passes through the token.
+    With one advantage a sequence, and a mean over its tokens, value and gradient are GSPO's."""
+    return _clip_sequence_ratio(inputs, coefficients, "geometric")
+
+
+def sequence_clip_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
+    """Clipped surrogate in which the whole completion is one action, as RLOO has it
+    (arXiv:2402.14740): its ratio is the product of its tokens' ratios.
+
+    The gradient of ratio * A is ratio * A * (sum over tokens of grad log p), which is what each
+    token contributes here; the *value* is that of the sequence counted once a token.
+    """
+    return _clip_sequence_ratio(inputs, coefficients, "sequence")
 
 
 def cispo_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor, Metrics]:
@@ -112,7 +134,30 @@ def cispo_loss(inputs: PolicyInputs, coefficients: Coefficients) -> tuple[Tensor
     ratio = _exp(inputs.logprobs - inputs.old_logprobs).detach()
     weight = ratio.clamp(1 - coefficients.clip_low, 1 + coefficients.clip_high)
     surrogate = weight * inputs.advantages * inputs.logprobs
-    return _total(inputs, coefficients, surrogate, weight != ratio, _log_importance(inputs))
+    return _total(inputs, coefficients, surrogate, weight != ratio)
+
+
+def measure_tokens(inputs: PolicyInputs, measured: dict[str, Tensor]) -> Metrics:
+    """Totals of `measured` ([B, T] each) over the trained tokens, with their count."""
+    active = inputs.weights > 0
+    tokens = active.sum().float()
+    return {
+        name: (masked_sum(value.detach().float(), active), tokens)
+        for name, value in measured.items()
+    }
+
+
+def _clip_sequence_ratio(
+    inputs: PolicyInputs, coefficients: Coefficients, level: Level
+) -> tuple[Tensor, Metrics]:
+    """Value of the sequence's ratio, gradient of the token's."""
+    inputs = _clean(inputs)
+    active = inputs.weights > 0
+    logs = combine_ratios(inputs.logprobs - inputs.old_logprobs, active, level).detach()
+    # exp(x - x) is 1 with the gradient of x, however far away the sequence's ratio is.
+    ratio = _exp(logs) * (inputs.logprobs - inputs.logprobs.detach()).exp()
+    surrogate, clipped = _clip(ratio, inputs.advantages, coefficients)
+    return _total(inputs, coefficients, surrogate, clipped)
 
 
 def _clean(inputs: PolicyInputs) -> PolicyInputs:
@@ -130,18 +175,8 @@ def _clean(inputs: PolicyInputs) -> PolicyInputs:
         reference_logprobs=(
             None if reference is None else torch.where(active, reference, 0.0).detach()
         ),
+        pairs=inputs.pairs,
     )
-
-
-def _log_importance(inputs: PolicyInputs) -> Tensor:
-    """log(old / behaviour) [B, T]."""
-    return inputs.old_logprobs - inputs.behaviour_logprobs
-
-
-def _sequence_means(values: Tensor, active: Tensor) -> Tensor:
-    """Mean over each sequence's trained tokens, repeated along it [B, T]."""
-    means = divide(sequence_sums(values, active), active.sum(dim=1))
-    return means[:, None].expand_as(values)
 
 
 def _exp(log_ratio: Tensor) -> Tensor:
@@ -150,45 +185,53 @@ def _exp(log_ratio: Tensor) -> Tensor:
 
 
 def _clip(ratio: Tensor, advantages: Tensor, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
-    """min(ratio A, clip(ratio) A) and where the second is smaller, that is, holds the first."""
+    """min(ratio A, clip(ratio) A), and where the second is smaller, that is, holds the first.
+
+    With `dual_clip`, also where A < 0 and c A is larger than that minimum (arXiv:1912.09729, eq.
+    5): PPO leaves the ratio free there, and one token that became far likelier could dominate.
+    """
     free = ratio * advantages
     held = ratio.clamp(1 - coefficients.clip_low, 1 + coefficients.clip_high) * advantages
-    return torch.minimum(free, held), held < free
+    surrogate, clipped = torch.minimum(free, held), held < free
+    if coefficients.dual_clip is not None:
+        floor = coefficients.dual_clip * advantages
+        floored = (advantages < 0) & (surrogate < floor)
+        surrogate, clipped = torch.where(floored, floor, surrogate), clipped | floored
+    return surrogate, clipped
 
 
 def _total(
-    inputs: PolicyInputs,
-    coefficients: Coefficients,
-    surrogate: Tensor,
-    clipped: Tensor,
-    log_importance: Tensor,
+    inputs: PolicyInputs, coefficients: Coefficients, surrogate: Tensor, clipped: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """-importance * surrogate + kl_coef * k3 - entropy_coef * entropy, weighted and summed.
+    """-importance * surrogate + kl_coef * kl - entropy_coef * entropy, weighted and summed.
 
-    Raises `ValueError` when `kl_coef` is not 0 and there is no reference.
+    Raises `ValueError` when a KL belongs into the loss and there is no reference.
     """
-    bound = math.log(coefficients.importance_cap)
-    importance = log_importance.clamp(max=bound).exp()
+    importance, hit = correct_importance(
+        inputs.old_logprobs - inputs.behaviour_logprobs,
+        inputs.weights > 0,
+        coefficients.importance,
+    )
     values = -importance * surrogate
     measured = {
         "importance/mean": importance,
-        "importance/truncated": log_importance > bound,
         "clip_fraction": clipped,
         "entropy": inputs.entropy,
     }
+    if coefficients.importance.mode != "none":
+        name = "truncated" if coefficients.importance.mode == "truncate" else "masked"
+        measured[f"importance/{name}"] = hit
+    penalised = coefficients.kl_coef != 0 and coefficients.kl_in == "loss"
     if inputs.reference_logprobs is not None:
         measured["kl"] = k3(inputs.logprobs, inputs.reference_logprobs)
-        if coefficients.kl_coef:
-            values = values + coefficients.kl_coef * measured["kl"]
-    elif coefficients.kl_coef:
+        if penalised:
+            estimate = ESTIMATORS[coefficients.kl_estimator]
+            penalty = estimate(inputs.logprobs, inputs.reference_logprobs)
+            values = values + coefficients.kl_coef * penalty
+    elif penalised:
         raise ValueError(f"kl_coef={coefficients.kl_coef} needs reference_logprobs")
     if coefficients.entropy_coef:
         values = values - coefficients.entropy_coef * inputs.entropy
     loss = (inputs.weights * values).sum()
-    active = inputs.weights > 0
-    tokens = active.sum().float()
-    metrics = {
-        name: (masked_sum(value.detach().float(), active), tokens)
-        for name, value in measured.items()
-    }
+    metrics = measure_tokens(inputs, measured)
     return loss, metrics | {"loss": (loss.detach(), inputs.weights.sum())}
