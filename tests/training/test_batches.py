@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raylign.records import Trajectory
-from raylign.training.batches import BatchFiles, LearnerBatch, read_batch
+from raylign.training.batches import BatchFiles, LearnerBatch, read_batch, write_batch
 
 
 def make_batch(step: int, rows: int = 3) -> LearnerBatch:
@@ -59,6 +59,13 @@ def test_a_batch_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [b.step for b in found] == [5, 6, 7]
     assert all(same(a, b) for a, b in zip(batches[1:], found, strict=True))
     assert not same(batches[0], batches[1])
+
+
+def test_a_batch_without_trajectories_comes_back_too(tmp_path: Path) -> None:
+    empty = LearnerBatch(3, (), (), {}, {"rejected": ["reward is nan"]})
+    write_batch(tmp_path / "group.safetensors", empty, flush=False)
+    found = read_batch(tmp_path / "group.safetensors")
+    assert found is not None and same(found, empty)
 
 
 def test_nothing_behind_a_gap_is_used(tmp_path: Path) -> None:

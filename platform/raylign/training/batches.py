@@ -49,21 +49,7 @@ class BatchFiles:
     def write(self, batch: LearnerBatch) -> None:
         """Keep a batch; once this returns it outlives the machine's power. Raises `OSError`."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        file = self._directory / f"step-{batch.step:08d}.safetensors"
-        temporary = file.with_name(f".{file.name}")
-        arrays = _concatenate(batch.trajectories)
-        body = {
-            "step": batch.step,
-            "groups": list(batch.groups),
-            "settings": dict(batch.settings),
-            "record": dict(batch.record),
-            "trajectories": [_describe(t) for t in batch.trajectories],
-        }
-        text = json.dumps(body)
-        save_file(arrays, temporary, metadata={"batch": text, "sum": _sum(text, arrays)})
-        sync(temporary)
-        os.replace(temporary, file)
-        sync(self._directory)
+        write_batch(self._directory / f"step-{batch.step:08d}.safetensors", batch)
 
     def read_from(self, step: int) -> list[LearnerBatch]:
         """The unbroken run of batches from `step` on; those behind a gap, or behind one that is
@@ -99,6 +85,27 @@ class BatchFiles:
         return sorted((int(match[1]), file) for match, file in found if match)
 
 
+def write_batch(file: Path, batch: LearnerBatch, flush: bool = True) -> None:
+    """Write a batch so that a reader sees it whole or not at all; with `flush` it is on disk when
+    this returns. Raises `OSError`."""
+    temporary = file.with_name(f".{file.name}")
+    arrays = _concatenate(batch.trajectories)
+    body = {
+        "step": batch.step,
+        "groups": list(batch.groups),
+        "settings": dict(batch.settings),
+        "record": dict(batch.record),
+        "trajectories": [_describe(t) for t in batch.trajectories],
+    }
+    text = json.dumps(body)
+    save_file(arrays, temporary, metadata={"batch": text, "sum": _sum(text, arrays)})
+    if flush:
+        sync(temporary)
+    os.replace(temporary, file)
+    if flush:
+        sync(file.parent)
+
+
 def read_batch(file: Path) -> LearnerBatch | None:
     """The batch in a file, or None when it is not what was written."""
     try:
@@ -126,7 +133,13 @@ def read_batch(file: Path) -> LearnerBatch | None:
 
 
 def _concatenate(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
-    arrays = {name: np.concatenate([getattr(t, name) for t in trajectories]) for name in _ARRAYS}
+    types = {"loss_mask": np.bool_, "logprobs": np.float32}
+    arrays = {
+        name: np.concatenate(  # with an empty one first: there may be no trajectory
+            [np.zeros(0, types.get(name, np.int32)), *(getattr(t, name) for t in trajectories)]
+        )
+        for name in _ARRAYS
+    }
     return arrays | {"lengths": np.array([len(t.token_ids) for t in trajectories], np.int64)}
 
 

@@ -1,0 +1,141 @@
+"""What a run leaves on disk on its way, and where one that died goes on from.
+
+A checkpoint holds the learner and the controller's `progress`; batches that were learned from since
+are applied to it again, in order, which gives the same weights to the bit; groups that were scored
+and not yet learned from are taken as they are. Nothing is sampled twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actors.buffer import Group
+from raylign.run import write_json
+from raylign.training.batches import BatchFiles, LearnerBatch, read_batch, write_batch
+from raylign.training.checkpoints import Event, find_newest, list_checkpoints
+from raylign.training.loop import CHECKPOINTS
+
+BATCHES = ".batches"
+GROUPS = ".groups"
+BRANCH = ".branch.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """What rollbacks have changed for all steps that follow."""
+
+    attempt: int = 0
+    """Rollbacks so far; other attempts draw other samples."""
+    shift: int = 0
+    """Policy version minus step: versions only grow, steps begin again."""
+    rate: float = 1.0
+    """Factor of the learning rates."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """Where to go on from."""
+
+    checkpoint: Path | None
+    step: int
+    """That the checkpoint was made after; 0 without one."""
+    progress: dict[str, Any]
+    batches: list[LearnerBatch]
+    """To be applied to it again."""
+    branch: Branch
+    events: list[Event]
+    """What was found damaged."""
+
+
+class RunFiles:
+    """The directory of a stage in the making."""
+
+    def __init__(self, stage: Path) -> None:
+        self.stage = stage
+        self.checkpoints = stage / CHECKPOINTS
+        self.batches = BatchFiles(stage / BATCHES)
+        self._groups = stage / GROUPS
+
+    def find_start(self) -> Start:
+        """The newest checkpoint that is whole, and the batches after it."""
+        branch = self.read_branch()
+        found, events = find_newest(self.checkpoints)
+        path, step, progress = None, 0, {}
+        if found is not None:
+            path, checkpoint = found
+            step, progress = checkpoint.step, checkpoint.progress
+        return Start(path, step, progress, self.batches.read_from(step), branch, events)
+
+    def last_good(self, before: int) -> int:
+        """Step of the newest checkpoint made at or before step `before`; 0 is the beginning."""
+        steps = map(_read_step, list_checkpoints(self.checkpoints))
+        return max((step for step in steps if step <= before), default=0)
+
+    def roll_back(self, step: int, branch: Branch) -> None:
+        """Forget everything after `step`. The branch is written first: were this killed midway,
+        `find_start` would finish it."""
+        write_json(self.stage / BRANCH, asdict(branch) | {"step": step})
+        self.forget_after(step)
+
+    def forget_after(self, step: int) -> None:
+        """Remove checkpoints after `step`, batches and groups from it on."""
+        for path in list_checkpoints(self.checkpoints):
+            if _read_step(path) > step:
+                os.rename(path, path.with_name(f"rolled-back-{path.name}"))
+        self.batches.remove_from(step)
+        for file in self._groups.glob("*.safetensors"):
+            file.unlink()
+
+    def read_branch(self) -> Branch:
+        """What rollbacks have left; also finishes one that was interrupted."""
+        file = self.stage / BRANCH
+        if not file.is_file():
+            return Branch()
+        body = json.loads(file.read_text(encoding="utf-8"))
+        step = body.pop("step")
+        if step is not None:
+            self.forget_after(step)
+        return Branch(**body)
+
+    def settle_branch(self, branch: Branch) -> None:
+        """The rollback is over: what comes now is not to be forgotten."""
+        write_json(self.stage / BRANCH, asdict(branch) | {"step": None})
+
+    def keep_group(self, step: int, group: Group) -> None:
+        """Keep a scored group until its step is learned."""
+        record = {"request": group.request, "rejected": list(group.rejected)}
+        numbers = (0,) * len(group.trajectories)
+        self._groups.mkdir(exist_ok=True)
+        batch = LearnerBatch(step, group.trajectories, numbers, {}, record)
+        write_batch(self._file(group.request), batch, flush=False)
+
+    def take_group(self, request: str) -> Group | None:
+        """The group of a request if it was made before; None when not, or damaged."""
+        file = self._file(request)
+        batch = read_batch(file) if file.is_file() else None
+        if batch is None:
+            return None
+        return Group(batch.trajectories, tuple(batch.record["rejected"]), request)
+
+    def drop_groups(self, step: int) -> None:
+        """The groups of `step` are in its batch now."""
+        for file in self._groups.glob(f"{step}-*.safetensors"):
+            file.unlink()
+
+    def _file(self, request: str) -> Path:
+        return self._groups / f"{request.replace('/', '-')}.safetensors"
+
+
+def _read_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def next_branch(branch: Branch, version: int, step: int) -> Branch:
+    """After a rollback from policy `version` to `step`: the next version is a new one."""
+    return replace(
+        branch, attempt=branch.attempt + 1, shift=version + 1 - step, rate=branch.rate / 2
+    )
