@@ -15,6 +15,22 @@ class Group:
 
     trajectories: tuple[Trajectory, ...]
     rejected: tuple[str, ...] = ()
+    request: str = ""
+    """What the completions were asked for under."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether two of the rewards differ: only then does a comparison teach anything."""
+        return len({t.reward for t in self.trajectories}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Completions of one request that are not learned from."""
+
+    request: str
+    reason: str
+    completions: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,37 +40,65 @@ class Admitted:
     trajectories: tuple[Trajectory, ...]
     groups: tuple[int, ...]
     """Group number of each trajectory."""
-    dropped: dict[str, int]
-    """Samples left out, by reason. dispatched = admitted + dropped, always."""
+    trained: dict[str, int]
+    """Completions that are learned from, by request."""
+    drops: tuple[Drop, ...]
+    """The others: dispatched = admitted + dropped, always."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Samples left out, by reason."""
+        return count_drops(self.drops)
+
+
+def count_drops(drops: Iterable[Drop]) -> dict[str, int]:
+    """Completions by reason."""
+    counts: Counter[str] = Counter()
+    for drop in drops:
+        counts[drop.reason] += drop.completions
+    return dict(counts)
 
 
 def admit(
-    groups: Iterable[Group], *, needs_groups: bool, version: int, max_staleness: int
+    groups: Iterable[Group],
+    *,
+    needs_groups: bool,
+    version: int,
+    max_staleness: int,
+    needs_spread: bool = False,
 ) -> Admitted:
     """Samples fit for learning at policy `version`.
 
     Left out, and counted: samples the reward rejected, samples without a single sampled token,
     samples older than `max_staleness` (which dispatch makes impossible; it is checked all the
-    same), and a sample left alone in a group that the algorithm compares within.
+    same), a sample left alone in a group that the algorithm compares within, and with
+    `needs_spread` groups whose rewards are all the same (dynamic sampling; DAPO).
     """
     trajectories: list[Trajectory] = []
     numbers: list[int] = []
-    dropped: Counter[str] = Counter()
+    trained: dict[str, int] = {}
+    drops: list[Drop] = []
     for number, group in enumerate(groups):
-        dropped.update(group.rejected)
+        reasons = Counter(group.rejected)
         kept = []
         for trajectory in group.trajectories:
             reason = _reject(trajectory, version, max_staleness)
             if reason:
-                dropped[reason] += 1
+                reasons[reason] += 1
             else:
                 kept.append(trajectory)
         if needs_groups and len(kept) == 1:
-            dropped["alone in its group"] += 1
-            continue
+            reasons["alone in its group"] += 1
+            kept = []
+        if needs_spread and kept and len({t.reward for t in kept}) == 1:
+            reasons["no spread"] += len(kept)
+            kept = []
+        drops += [Drop(group.request, reason, count) for reason, count in reasons.items()]
+        if kept:
+            trained[group.request] = len(kept)
         trajectories += kept
         numbers += [number] * len(kept)
-    return Admitted(tuple(trajectories), tuple(numbers), dict(dropped))
+    return Admitted(tuple(trajectories), tuple(numbers), trained, tuple(drops))
 
 
 def _reject(trajectory: Trajectory, version: int, max_staleness: int) -> str | None:

@@ -18,6 +18,9 @@ from typing import Any
 LEDGER_FILE = "ledger.jsonl"
 
 
+NOTHING_SETTLED: Mapping[str, Any] = {"trained": 0, "dropped": {}}
+
+
 class LedgerError(RuntimeError):
     """The books do not balance: a defect."""
 
@@ -71,10 +74,17 @@ class Ledger:
         self._dropped[reason] += completions
         self._write(step, "dropped", request, completions, reason=reason)
 
-    def drop_open(self, reason: str, step: int) -> None:
-        """Everything in flight will not be learned from."""
-        for request, completions in list(self._open.items()):
-            self.drop(request, step, reason, completions)
+    def undo(self, settled: Mapping[str, Any], reason: str, step: int) -> int:
+        """Go back to what was `settled` in a checkpoint: all completions booked since, trained,
+        dropped or in flight, count as dropped for one reason. Returns how many such there are in
+        all, those of earlier times included."""
+        since = self._dispatched - settled["trained"] - sum(settled["dropped"].values())
+        self._trained = settled["trained"]
+        self._dropped = Counter(settled["dropped"])
+        self._dropped[reason] += since
+        self._open.clear()
+        self._write(step, "undone", "", since, reason=reason)
+        return self._dropped[reason]
 
     @property
     def totals(self) -> Totals:

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.buffer import Group
+from actors.ledger import NOTHING_SETTLED
 from raylign.run import write_json
 from raylign.training.batches import BatchFiles, LearnerBatch, read_batch, write_batch
-from raylign.training.checkpoints import Event, find_newest, list_checkpoints
+from raylign.training.checkpoints import (
+    Event,
+    find_newest,
+    list_checkpoints,
+    name_step,
+    read_manifest,
+)
 from raylign.training.loop import CHECKPOINTS
 
 BATCHES = ".batches"
@@ -34,6 +41,8 @@ class Branch:
     """Policy version minus step: versions only grow, steps begin again."""
     rate: float = 1.0
     """Factor of the learning rates."""
+    undone: int = 0
+    """Completions whose learning was undone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +83,20 @@ class RunFiles:
         """Step of the newest checkpoint made at or before step `before`; 0 is the beginning."""
         steps = map(_read_step, list_checkpoints(self.checkpoints))
         return max((step for step in steps if step <= before), default=0)
+
+    def settled_at(self, step: int) -> dict[str, Any]:
+        """The books as the checkpoint of `step` has them."""
+        if step == 0:
+            return dict(NOTHING_SETTLED)
+        books: dict[str, Any] = read_manifest(self.checkpoints / name_step(step)).progress["ledger"]
+        return books
+
+    def forget_covered(self) -> None:
+        """Remove batches that the oldest checkpoint covers. Those between two checkpoints stay: if
+        the newer one is damaged, nothing is lost."""
+        steps = list(map(_read_step, list_checkpoints(self.checkpoints)))
+        if steps:
+            self.batches.remove_below(min(steps))
 
     def roll_back(self, step: int, branch: Branch) -> None:
         """Forget everything after `step`. The branch is written first: were this killed midway,
@@ -134,8 +157,8 @@ def _read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def next_branch(branch: Branch, version: int, step: int) -> Branch:
-    """After a rollback from policy `version` to `step`: the next version is a new one."""
-    return replace(
-        branch, attempt=branch.attempt + 1, shift=version + 1 - step, rate=branch.rate / 2
-    )
+def next_branch(branch: Branch, version: int, step: int, undone: int) -> Branch:
+    """After a rollback from policy `version` to `step`: the next version is a new one. `undone`:
+    completions in all whose learning was undone."""
+    attempt, shift = branch.attempt + 1, version + 1 - step
+    return Branch(attempt=attempt, shift=shift, rate=branch.rate / 2, undone=undone)

@@ -25,10 +25,10 @@ def trajectory(group: str, versions: list[int], reward: float = 1.0) -> Trajecto
 
 def test_every_sample_is_admitted_or_counted() -> None:
     groups = [
-        Group((trajectory("0", [3, 3]), trajectory("0", [3, 4])), rejected=("reward is nan",)),
-        Group((trajectory("1", [1]), trajectory("1", [4]), trajectory("1", [4]))),
-        Group((trajectory("2", []), trajectory("2", [4]))),
-        Group((), rejected=("reward is nan", "reward raised ValueError")),
+        Group((trajectory("0", [3, 3]), trajectory("0", [3, 4])), ("reward is nan",), "0"),
+        Group((trajectory("1", [1]), trajectory("1", [4]), trajectory("1", [4])), (), "1"),
+        Group((trajectory("2", []), trajectory("2", [4])), (), "2"),
+        Group((), ("reward is nan", "reward raised ValueError"), "3"),
     ]
     admitted = admit(groups, needs_groups=True, version=4, max_staleness=1)
     assert admitted.dropped == {
@@ -41,6 +41,21 @@ def test_every_sample_is_admitted_or_counted() -> None:
     assert admitted.groups == (0, 0, 1, 1)
     dispatched = sum(len(g.trajectories) + len(g.rejected) for g in groups)
     assert dispatched == len(admitted.trajectories) + sum(admitted.dropped.values())
+    assert admitted.trained == {"0": 2, "1": 2}
+    by_request = {(d.request, d.reason): d.completions for d in admitted.drops}
+    assert by_request["2", "empty"] == by_request["2", "alone in its group"] == 1
+    assert by_request["3", "reward is nan"] == by_request["0", "reward is nan"] == 1
+
+
+def test_groups_that_teach_nothing_are_dropped_where_spread_is_needed() -> None:
+    same = Group((trajectory("0", [4], 0.5), trajectory("0", [4], 0.5)), (), "0")
+    spread = Group((trajectory("1", [4], 0.5), trajectory("1", [4], 1.0)), (), "1")
+    assert not same.spread and spread.spread
+    admitted = admit(
+        [same, spread], needs_groups=True, version=4, max_staleness=0, needs_spread=True
+    )
+    assert admitted.dropped == {"no spread": 2} and admitted.trained == {"1": 2}
+    assert admit([same], needs_groups=True, version=4, max_staleness=0).dropped == {}
 
 
 def test_a_lone_sample_is_kept_when_groups_do_not_matter() -> None:

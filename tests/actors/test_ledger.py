@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.ledger import LEDGER_FILE, Ledger, LedgerError, Totals
+from actors.ledger import LEDGER_FILE, NOTHING_SETTLED, Ledger, LedgerError, Totals
 
 
 def test_the_books_balance_after_every_single_event() -> None:
@@ -38,9 +38,25 @@ def test_the_books_balance_after_every_single_event() -> None:
         assert totals.in_flight == sum(open_.values())
         assert totals.trained == trained and totals.dropped == dropped
         assert totals.dispatched == totals.in_flight + trained + sum(dropped.values())
-    ledger.drop_open("rolled back", 9)
-    assert ledger.totals.in_flight == 0
-    assert ledger.totals.dropped["rolled back"] == sum(open_.values())
+
+
+def test_what_is_undone_is_accounted_for() -> None:
+    ledger = Ledger()
+    for number in range(4):
+        ledger.dispatch(f"{number}/0", number, "p", 4)
+    ledger.train("0/0", 0, 3)
+    ledger.drop("0/0", 0, "empty", 1)
+    settled = ledger.settled()
+    ledger.train("1/0", 1, 4)
+    ledger.drop("2/0", 1, "stale", 2)
+    assert ledger.undo(settled, "rolled back", 2) == 12
+    assert ledger.totals == Totals(16, 3, {"empty": 1, "rolled back": 12}, 0)
+    ledger.dispatch("1/0", 1, "p", 4)
+    assert ledger.undo(settled, "rolled back", 2) == 16
+    assert ledger.totals == Totals(20, 3, {"empty": 1, "rolled back": 16}, 0)
+    fresh = Ledger()
+    fresh.dispatch("0/0", 0, "p", 4)
+    assert fresh.undo(NOTHING_SETTLED, "rolled back", 1) == 4
 
 
 def test_nothing_is_booked_twice() -> None:

@@ -26,7 +26,8 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_the_batches_after_it(tmp_p
         files.batches.write(make_batch(step))
     save(files, 2)
     save(files, 4)
-    files.batches.remove_below(4)
+    files.forget_covered()
+    assert [batch.step for batch in files.batches.read_from(2)] == [2, 3, 4]
     start = files.find_start()
     assert start.checkpoint == files.checkpoints / name_step(4) and start.progress == {"step": 4}
     assert [batch.step for batch in start.batches] == [4]
@@ -40,8 +41,8 @@ def test_a_rollback_forgets_what_came_after(tmp_path: Path) -> None:
         files.batches.write(make_batch(step))
     files.keep_group(9, Group(make_batch(9).trajectories, (), "9/0"))
     assert files.last_good(5) == 4 and files.last_good(1) == 0
-    branch = next_branch(Branch(), version=9, step=4)
-    assert branch == Branch(attempt=1, shift=6, rate=0.5)  # step 4 is now version 10
+    branch = next_branch(Branch(), version=9, step=4, undone=24)
+    assert branch == Branch(attempt=1, shift=6, rate=0.5, undone=24)  # step 4 is now version 10
     files.roll_back(4, branch)
     start = files.find_start()
     assert start.step == 4 and start.batches == [] and start.branch == branch
