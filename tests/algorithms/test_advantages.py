@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from raylign.algorithms.advantages import (
-    batch_normalised,
     gae,
     group_relative,
+    keep_rewards,
     leave_one_out,
-    whiten,
 )
 
 EPS = 1e-6
@@ -107,13 +106,11 @@ def test_a_reward_that_is_not_finite_is_refused(kind: str, bad: float) -> None:
         _compute(torch.tensor([1.0, bad, 0.0]), torch.zeros(3, dtype=torch.int64), kind)
 
 
-def test_batch_normalised_ignores_groups() -> None:
+def test_kept_rewards() -> None:
     rewards = torch.tensor([1.0, 0.0, 3.0, 5.0])
-    mean, deviation = 2.25, statistics.stdev([1.0, 0.0, 3.0, 5.0])
-    expected = (rewards - mean) / (deviation + EPS)
-    torch.testing.assert_close(batch_normalised(rewards), expected)
-    torch.testing.assert_close(batch_normalised(rewards, torch.arange(4)), expected)
-    assert batch_normalised(torch.full((5,), 0.7)).tolist() == [0.0] * 5
+    assert keep_rewards(rewards, torch.zeros(4, dtype=torch.int64)) is rewards
+    with pytest.raises(ValueError, match="1 of 1 rewards are not finite"):
+        keep_rewards(torch.tensor([math.nan]), torch.zeros(1, dtype=torch.int64))
 
 
 def _gae_by_definition(
@@ -151,22 +148,3 @@ def test_gae_without_discount_is_the_reward_to_go_minus_the_value() -> None:
     advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), 1.0, 1.0)
     torch.testing.assert_close(advantages, torch.tensor([[0.75, 0.5, 0.25]]))
     torch.testing.assert_close(returns, torch.ones(1, 3))
-
-
-def test_whiten() -> None:
-    values = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, 6.0]])
-    mask = torch.tensor([[True, True, False], [True, False, True]])
-    chosen, deviation = torch.tensor([1.0, 2.0, 3.0, 6.0]), statistics.stdev([1, 2, 3, 6])
-    white = whiten(values, mask)
-    torch.testing.assert_close(white[mask], (chosen - 3) / (deviation + EPS))
-    assert (white[~mask] == 0).all()
-    torch.testing.assert_close(
-        whiten(values, mask, shift_mean=False)[mask], (chosen - 3) / (deviation + EPS) + 3
-    )
-
-
-def test_whiten_without_variance_is_zero() -> None:
-    mask = torch.ones(4, dtype=torch.bool)
-    assert whiten(torch.full((4,), 0.1), mask).abs().max() < 1e-6
-    assert whiten(torch.tensor([5.0, 7.0]), torch.tensor([True, False])).tolist() == [0.0, 0.0]
-    assert whiten(torch.tensor([5.0, 7.0]), torch.tensor([False, False])).tolist() == [0.0, 0.0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from raylign.algorithms.kl import ESTIMATORS, k1, k2, k3
+from raylign.algorithms.kl import ESTIMATORS, AdaptiveKL, k1, k2, k3
 
 
 def test_by_hand() -> None:
@@ -37,7 +37,7 @@ def test_never_negative_and_zero_at_the_reference(name: str) -> None:
 
 
 def test_gradients_as_losses() -> None:
-    """What the module's docstring says: k2 descends KL(p||q), k3 descends KL(q||p)."""
+    """What the module's docstring says: k1 nothing, k2 descends KL(p||q), k3 descends KL(q||p)."""
     logits = torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     q = torch.randn(5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(
         0
@@ -51,6 +51,8 @@ def test_gradients_as_losses() -> None:
     sampled = p.exp().detach()
     reverse = gradient((p.exp() * (p - q)).sum())
     torch.testing.assert_close(gradient((sampled * k2(logits.log_softmax(0), q)).sum()), reverse)
+    nothing = gradient((sampled * k1(logits.log_softmax(0), q)).sum())
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing))
     forward = gradient(-(q.exp() * logits.log_softmax(0)).sum())
     torch.testing.assert_close(gradient((sampled * k3(logits.log_softmax(0), q)).sum()), forward)
 
@@ -61,3 +63,44 @@ def test_k3_stays_finite_far_from_the_reference() -> None:
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert policy.grad is not None and torch.isfinite(policy.grad).all()
+
+
+def test_k1_taken_off_a_reward_descends_the_divergence() -> None:
+    """REINFORCE with -k1 as the reward, exactly, over all tokens."""
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits.requires_grad_()
+    p, q = logits.log_softmax(0), torch.full((5,), 0.2, dtype=torch.float64).log()
+    (exact,) = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    cost = k1(p, q).detach()
+    (estimate,) = torch.autograd.grad((p.exp().detach() * cost * p).sum(), logits)
+    torch.testing.assert_close(estimate, exact)
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (5.4, 0.99), (-3.0, 0.98)]
+)
+def test_the_coefficient_follows_the_divergence(kl: float, factor: float) -> None:
+    """Numbers of Ziegler et al.: a tenth of the horizon moves it by at most a fiftieth."""
+    control = AdaptiveKL(coef=0.2, target=6.0, horizon=10_000)
+    assert control.update(kl, 1_000) == pytest.approx(0.2 * factor)
+    assert control.coef == 0.2
+
+
+def test_the_coefficient_finds_the_target() -> None:
+    """A policy whose divergence is inversely proportional to the coefficient."""
+    coef = 5.0
+    for _ in range(400):
+        coef = AdaptiveKL(coef, target=0.1, horizon=1000).update(0.02 / coef, 100)
+    assert 0.02 / coef == pytest.approx(0.1, rel=0.01)
+
+
+def test_the_coefficient_stays_positive_however_large_the_batch() -> None:
+    assert AdaptiveKL(1.0, 1.0, 10.0).update(0.0, 10_000) == pytest.approx(0.8)
+
+
+def test_a_controller_that_cannot_be() -> None:
+    for numbers in ((0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, math.nan)):
+        with pytest.raises(ValueError, match="must be above 0"):
+            AdaptiveKL(*numbers)
+    with pytest.raises(ValueError, match="kl_mean=nan is no mean KL"):
+        AdaptiveKL(1.0, 1.0, 1.0).update(math.nan, 1)

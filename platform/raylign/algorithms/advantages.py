@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raylign.algorithms.masked import divide, masked_mean
+from raylign.algorithms.masked import divide
 
 
 def group_relative(
@@ -49,8 +49,8 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def keep_rewards(rewards: Tensor, groups: Tensor) -> Tensor:
-    """The rewards themselves [B]: no baseline but the batch's mean, which `whiten` subtracts from
-    every token's advantage (REINFORCE++, arXiv:2501.03262). Arguments and errors as
+    """The rewards themselves [B]: no baseline but the batch's mean, which whitening subtracts
+    from every token's advantage (REINFORCE++, arXiv:2501.03262). Arguments and errors as
     `group_relative`; groups are ignored."""
     _group(rewards, groups)
     return rewards
@@ -81,20 +81,6 @@ def gae(
         following_value = torch.where(here, values[:, t], following_value)
         advantages[:, t] = torch.where(here, following, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
-
-
-def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-6) -> Tensor:
-    """Unit variance (n - 1) and, unless told otherwise, zero mean over the entries under `mask`.
-
-    Shapes [...]; 0 outside the mask, and where fewer than two entries leave no variance.
-    """
-    exact = values.double()
-    count = mask.sum().double()
-    mean = masked_mean(exact, mask, count)
-    centred = torch.where(mask, exact - mean, 0.0)
-    variance = divide(centred.square().sum(), (count - 1).clamp(min=0))
-    white = centred / (variance.sqrt() + eps) + (0.0 if shift_mean else mean)
-    return torch.where(mask & (count > 1), white, 0.0).to(values.dtype)
 
 
 def _group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

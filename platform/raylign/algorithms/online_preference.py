@@ -34,14 +34,15 @@ def select_pairs(rewards: Tensor, groups: Tensor) -> Tensor:
         best, worst = rows[rewards[rows].argmax()], rows[rewards[rows].argmin()]
         if rewards[best] > rewards[worst]:
             pairs.append(torch.stack([best, worst]))
-    return torch.stack(pairs) if pairs else torch.empty((0, 2), dtype=torch.int64)
+    return torch.stack(pairs) if pairs else groups.new_empty((0, 2))
 
 
 def pair_numbers(rewards: Tensor, groups: Tensor) -> Tensor:
     """int64 [B]: which of `select_pairs` a row belongs to, -1 for none. Errors as there."""
     pairs = select_pairs(rewards, groups)
     numbers = torch.full_like(groups, -1)
-    numbers[pairs.flatten()] = torch.arange(len(pairs)).repeat_interleave(2)
+    count = torch.arange(len(pairs), device=groups.device)
+    numbers[pairs.flatten()] = count.repeat_interleave(2)
     return numbers
 
 
