@@ -7,8 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from actors.run_files import BATCHES
 from jobs.entry import perform
-from raylign.config import EngineConfig, TrainingConfig, TuneConfig
+from raylign.config import (
+    AlignConfig,
+    EngineConfig,
+    RolloutConfig,
+    TrainingConfig,
+    TransferConfig,
+    TuneConfig,
+)
 from raylign.run import Draft, Keeping, Run, Stage
 from raylign.tracking import METRICS_FILE, ProgressBoard
 from raylign.training.loop import CHECKPOINTS
@@ -30,6 +38,21 @@ FREE: dict[str, Any] = SEARCH_FREE | {
     "sample_prompts": True,
     "sample_tokens": True,
     "sample_temperature": True,
+}
+# Of reinforcement learning: who does the work, and what is looked at. Ranks and workers sum and
+# batch otherwise, so the last bits may differ from then on.
+ALIGN_FREE: dict[str, Any] = {
+    "rollout": set(RolloutConfig.model_fields) - {"backend", "dtype"},
+    "learner": True,
+    "engine": set(EngineConfig.model_fields) - {"dtype"},
+    "scaling": True,
+    "transfer": set(TransferConfig.model_fields) - {"adapter_only"},
+    "reward": {"count", "cpus", "gpus", "threads", "timeout_s", "attempts", "max_restarts"},
+    "judge": {"rollout", "most", "scale_queue", "timeout_s", "attempts", "concurrency", "key_file"}
+    | {"endpoint", "max_calls", "cache"},
+    "checkpoints": {"keep", "asynchronous", "after", "resume"},
+    **dict.fromkeys(("guard", "sinks", "examples_every", "checkpoint_every"), True),
+    "mismatch_sample": True,
 }
 RESOURCES = {"concurrent", "cpus", "gpus"}
 """Of `tune`: what a search does not depend on."""
@@ -56,6 +79,27 @@ def perform_training(
     )
     resume = config.checkpoints.resume == "auto"
     return perform(run, name, settings, parents, board, build, resume, keeping)
+
+
+def perform_alignment(
+    run: Run,
+    config: AlignConfig,
+    seed: int,
+    parents: Mapping[str, str],
+    board: ProgressBoard,
+    build: Callable[[Draft], None],
+) -> Stage:
+    """`perform` for reinforcement learning: an interrupted run goes on from its checkpoints, and
+    from the batches after them, which are never removed unasked."""
+    keeping = Keeping(
+        {"align": config.model_dump(mode="json", exclude=ALIGN_FREE), "seed": seed},
+        (f"{CHECKPOINTS}/step-*", f"{BATCHES}/step-*"),
+        "checkpoints and batches",
+        "redo=align or align.checkpoints.resume=never",
+    )
+    settings = {"align": config.model_dump(mode="json"), "seed": seed}
+    resume = config.checkpoints.resume == "auto"
+    return perform(run, "align", settings, parents, board, build, resume, keeping)
 
 
 def perform_search(
