@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raylign.config import UserError
-from raylign.inference.generator import Generator, Sampling, build_generator, generate
+from raylign.inference.generator import Generator, Sample, Sampling, build_generator, generate
 
 PROMPTS = [(5, 6, 7, 8), (9, 10, 11), (5, 6, 7, 12, 13)]
+SEEDED = Sampling(max_tokens=16, seed=11)
 
 
 def build(backend: str, model: Path) -> Generator:
@@ -125,8 +127,6 @@ def test_a_sync_in_flight_splits_sequences_by_version(
     generator: Generator, policy: torch.nn.Module
 ) -> None:
     """Tokens before the sync follow the old policy, tokens after it the new one."""
-    if type(generator).__name__ != "VLLMGenerator":
-        pytest.skip("transformers decodes a group in one step: nothing is ever in flight")
     restore(generator, policy, 20)
     old = {name: p.detach().clone() for name, p in policy.named_parameters()}
     for index, prompt in enumerate(PROMPTS):
@@ -206,3 +206,78 @@ def generate_one(backend: str, model: Path) -> tuple[int, ...]:
     generator.close()
     assert sample.finish_reason == ("length" if len(sample.token_ids) == 8 else "stop")
     return sample.token_ids
+
+
+def finish(generator: Generator) -> dict[str, list[Sample]]:
+    groups: dict[str, list[Sample]] = {}
+    while generator.pending:
+        groups.update(generator.advance())
+    return groups
+
+
+def ids(samples: list[Sample]) -> list[tuple[int, ...]]:
+    return [sample.token_ids for sample in samples]
+
+
+def test_each_completion_of_a_seeded_request_has_its_own_noise(generator: Generator) -> None:
+    [first] = generate(generator, PROMPTS[:1], SEEDED, count=4)
+    [again] = generate(generator, PROMPTS[:1], SEEDED, count=4)
+    assert ids(first) == ids(again) and len(set(ids(first))) == 4
+    [[neighbour]] = generate(generator, PROMPTS[:1], replace(SEEDED, seed=12))
+    assert neighbour.token_ids not in ids(first)  # seeds next to each other share nothing
+
+
+def test_a_group_taken_back_goes_on_where_it_was(
+    generator: Generator, policy: torch.nn.Module
+) -> None:
+    restore(generator, policy, 30)
+    generator.submit("g", PROMPTS[0], SEEDED, 3)
+    generator.submit("other", PROMPTS[0], SEEDED, 1)
+    for _ in range(6):
+        generator.advance()
+    begun = generator.abort("g")
+    assert {s.finish_reason for s in begun} <= {"abort", "stop"}
+    for sample in begun:
+        assert len(sample.logprobs) == len(sample.versions) == len(sample.token_ids) > 0
+    generator.submit("again", PROMPTS[0], SEEDED, 3, begun)
+    groups = finish(generator)
+    assert set(groups) == {"other", "again"}
+    for before, after in zip(begun, groups["again"], strict=True):
+        assert after.token_ids[: len(before.token_ids)] == before.token_ids
+        np.testing.assert_array_equal(after.logprobs[: len(before.logprobs)], before.logprobs)
+        assert after.finish_reason in ("stop", "length") and len(after.token_ids) <= 16
+        expected = logprobs_of(policy, PROMPTS[0], after.token_ids)
+        np.testing.assert_allclose(after.logprobs, expected, atol=2e-5)
+        if before.finish_reason == "abort":
+            rest = after.token_ids[len(before.token_ids) :]
+            assert rest and rest != before.token_ids[: len(rest)]  # no noise is met twice
+    with pytest.raises(KeyError):
+        generator.abort("g")
+
+
+def test_a_group_taken_back_before_its_first_step_has_nothing(generator: Generator) -> None:
+    generator.submit("g", PROMPTS[0], SEEDED, 2)
+    assert [(s.token_ids, s.finish_reason) for s in generator.abort("g")] == [((), "abort")] * 2
+    assert not generator.pending
+    [begun] = generate(generator, PROMPTS[:1], SEEDED, count=2)
+    generator.submit("done", PROMPTS[0], SEEDED, 2, begun)  # complete: nothing is left to draw
+    assert ids(finish(generator)["done"]) == ids(begun)
+
+
+def test_a_stop_token_ends_a_completion_and_is_kept(generator: Generator) -> None:
+    [[whole]] = generate(generator, PROMPTS[:1], SEEDED)
+    stop = whole.token_ids[3]
+    [[cut]] = generate(generator, PROMPTS[:1], replace(SEEDED, stop=(stop,)))
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
+
+
+def test_nothing_asked_before_matters_to_the_bit(generator: Generator) -> None:
+    generator.forget()
+    first = generate(generator, PROMPTS, SEEDED, count=3)
+    generate(generator, [(5, 6, 7, 8, 20, 21), (30, 31)], Sampling(max_tokens=9), count=5)
+    generator.forget()
+    again = generate(generator, PROMPTS, SEEDED, count=3)
+    for group, other in zip(first, again, strict=True):
+        assert ids(group) == ids(other)
+        assert [s.logprobs.tobytes() for s in group] == [s.logprobs.tobytes() for s in other]

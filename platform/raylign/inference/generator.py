@@ -2,7 +2,8 @@
 
 A generator is a queue: `submit` prompts, `advance` it one scheduling step at a time, and collect
 groups as they finish. That is the shape of continuous batching, and what lets weights change
-between two steps while requests are in flight. `generate` is the simple way through.
+between two steps while requests are in flight. What is in flight can be taken back at any time,
+with its tokens, and go on elsewhere. `generate` is the simple way through.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from raylign.models.folding import require_plain
+from raylign.runtime import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,13 @@ class Sampling:
     max_tokens: int = 96
     seed: int | None = None
     """Of this request alone; None draws from the generator's own stream."""
+    stop: tuple[int, ...] = ()
+    """Token ids that end a completion besides those that end the model's turn."""
+
+    def seed_of(self, index: int, drawn: int) -> int | None:
+        """Seed of completion `index` of the request, of which `drawn` tokens are there already:
+        those that follow must not meet the noise again that the first ones were drawn with."""
+        return None if self.seed is None else derive_seed(self.seed, index, drawn)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +55,18 @@ class Sample:
     text: str
     """Decoded without special tokens."""
     finish_reason: str
-    """`stop`, `length` or `abort`."""
+    """`stop`, `length` or `abort`; a sample that was aborted can be continued."""
+
+
+def join_samples(begun: Sample, rest: Sample, text: str) -> Sample:
+    """One completion from what was drawn before it was taken back, and what followed."""
+    return Sample(
+        token_ids=begun.token_ids + rest.token_ids,
+        logprobs=np.concatenate([begun.logprobs, rest.logprobs]),
+        versions=np.concatenate([begun.versions, rest.versions]),
+        text=text,
+        finish_reason=rest.finish_reason,
+    )
 
 
 class Generator(Protocol):
@@ -54,9 +74,28 @@ class Generator(Protocol):
 
     version: int
     """Policy version of the weights being served."""
+    max_length: int
+    """Tokens of context: prompt and completion together."""
 
-    def submit(self, key: str, prompt: Sequence[int], sampling: Sampling, count: int = 1) -> None:
-        """Queue `count` completions of `prompt`. Raises `ValueError` if the prompt is too long."""
+    def submit(
+        self,
+        key: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int = 1,
+        partial: Sequence[Sample] | None = None,
+    ) -> None:
+        """Queue `count` completions of `prompt`, each with a seed of its own.
+
+        `partial` has what is there of each already: an aborted sample goes on after its last
+        token, up to `max_tokens` in all; a finished one comes back as it is. Raises `ValueError`
+        if the prompt is too long.
+        """
+        ...
+
+    def abort(self, key: str) -> list[Sample]:
+        """Take a group back, at once: what is there of each completion, finish_reason `abort`
+        where it is not complete. Raises `KeyError` for a group that is not pending."""
         ...
 
     def advance(self) -> list[tuple[str, list[Sample]]]:
@@ -78,6 +117,11 @@ class Generator(Protocol):
     def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights (Hugging Face names). Groups in flight go on under the new ones:
         nothing that was computed from the old weights is reused."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is cached of earlier prompts, so that what follows depends on nothing that was
+        asked before. The generator must be idle."""
         ...
 
     def close(self) -> None:
@@ -109,9 +153,11 @@ def build_generator(
     max_sequences: int,
     threads: int,
     seed: int,
+    gpu_memory_share: float | None = None,
 ) -> Generator:
     """A generator serving the Hugging Face directory `model`.
 
+    `kv_cache_mb` and `threads` are of CPUs; `gpu_memory_share` of a card, by default vLLM's own.
     Raises `UserError` when vLLM is asked for and not installed, or the directory has no weights, or
     an adapter only, which vLLM does not serve here.
     """
@@ -126,7 +172,9 @@ def build_generator(
         require_plain(model)
         from raylign.inference.vllm_generator import VLLMGenerator
 
-        return VLLMGenerator(model, kv_cache_mb=kv_cache_mb, **options)
+        return VLLMGenerator(
+            model, kv_cache_mb=kv_cache_mb, gpu_memory_share=gpu_memory_share, **options
+        )
     if backend == "transformers":
         from raylign.inference.hf_generator import TransformersGenerator
 

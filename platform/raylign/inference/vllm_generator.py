@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,21 @@ import numpy as np
 import torch
 
 from raylign.config import UserError
-from raylign.inference.generator import Sample, Sampling, fresh_keys
+from raylign.inference.generator import Sample, Sampling, fresh_keys, join_samples
 
 _ANSWERS_TO_ANYTHING = "llvmlite.binding.ffi"
+
+
+@dataclass(slots=True)
+class _Group:
+    """A request's completions."""
+
+    samples: list[Sample | None]
+    """Those that are complete."""
+    begun: list[Sample | None]
+    """What was there of each when it was submitted."""
+    requests: dict[str, tuple[int, str]]
+    """Of vLLM, one a completion that is not complete: its place, and vLLM's own name for it."""
 
 
 class VLLMGenerator:
@@ -38,6 +51,7 @@ class VLLMGenerator:
         max_sequences: int,
         threads: int,
         seed: int,
+        gpu_memory_share: float | None = None,
     ) -> None:
         # vLLM reads these when the engine is built.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -46,6 +60,7 @@ class VLLMGenerator:
         try:
             from vllm import EngineArgs, SamplingParams
             from vllm.sampling_params import RequestOutputKind
+            from vllm.v1.engine import FinishReason
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
             raise UserError(
@@ -55,6 +70,7 @@ class VLLMGenerator:
         if not (model / "config.json").is_file():
             raise UserError(f"{model} is no model directory: it has no config.json")
         self._sampling_params, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
+        self._aborted = FinishReason.ABORT
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             _check_head_size(model)
@@ -75,39 +91,76 @@ class VLLMGenerator:
             # The distribution that tokens are drawn from, temperature and top-k/p included.
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            **({"gpu_memory_utilization": gpu_memory_share} if on_gpu and gpu_memory_share else {}),
         )
         with _llvmlite_out_of_sight():
             self._engine: Any = LLMEngine.from_engine_args(settings)
         if not on_gpu:
             torch.set_num_threads(threads)
         self._tokenizer = self._engine.get_tokenizer()
-        self._max_length = max_length
-        self._groups: dict[str, str] = {}
+        self.max_length = max_length
+        self._groups: dict[str, _Group] = {}
+        self._owners: dict[str, str] = {}  # the group of a request
         self._scores: dict[str, np.ndarray | None] = {}
         self._finished: list[tuple[str, list[Sample]]] = []
         self._keys = iter(fresh_keys("r"))
         self._serve(0)
 
-    def submit(self, key: str, prompt: Sequence[int], sampling: Sampling, count: int = 1) -> None:
-        if len(prompt) >= self._max_length:
+    def submit(
+        self,
+        key: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int = 1,
+        partial: Sequence[Sample] | None = None,
+    ) -> None:
+        if len(prompt) >= self.max_length:
             raise ValueError(
-                f"prompt {key} has {len(prompt)} tokens; the context holds {self._max_length}"
+                f"prompt {key} has {len(prompt)} tokens; the context holds {self.max_length}"
             )
-        params = self._sampling_params(
-            n=count,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=min(sampling.max_tokens, self._max_length - len(prompt)),
-            seed=sampling.seed,
-            logprobs=0,  # the sampled token's own, and no alternatives
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=self._final,
-        )
-        request = next(self._keys)
-        self._engine.add_request(request, {"prompt_token_ids": list(prompt)}, params)
-        self._groups[request] = key
+        # vLLM could make several completions of one request, but gives them neighbouring seeds.
+        begun: list[Sample | None] = list(partial) if partial else [None] * count
+        group = _Group([None] * count, begun, {})
+        for index, sample in enumerate(begun):
+            if sample is not None and sample.finish_reason != "abort":
+                group.samples[index] = sample
+                continue
+            drawn = sample.token_ids if sample else ()
+            room = min(sampling.max_tokens, self.max_length - len(prompt)) - len(drawn)
+            params = self._sampling_params(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=room,
+                seed=sampling.seed_of(index, len(drawn)),
+                stop_token_ids=list(sampling.stop) or None,
+                logprobs=0,  # the sampled token's own, and no alternatives
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=self._final,
+            )
+            request = next(self._keys)
+            inside = self._engine.add_request(
+                request, {"prompt_token_ids": [*prompt, *drawn]}, params
+            )
+            group.requests[request] = (index, inside)
+            self._owners[request] = key
+        self._groups[key] = group
+        self._deliver(key)
+
+    def abort(self, key: str) -> list[Sample]:
+        for place, (done, samples) in enumerate(self._finished):
+            if done == key:
+                del self._finished[place]
+                return samples
+        group = self._groups.pop(key)
+        states = self._engine.output_processor.request_states
+        for request, (index, inside) in group.requests.items():
+            output = states[inside].make_request_output([], None, self._aborted, None)
+            group.samples[index] = self._to_sample(output.outputs[0], group.begun[index])
+            del self._owners[request]
+        self._engine.abort_request([inside for _, inside in group.requests.values()], internal=True)
+        return [sample for sample in group.samples if sample is not None]
 
     def advance(self) -> list[tuple[str, list[Sample]]]:
         if self._engine.has_unfinished_requests():
@@ -125,9 +178,9 @@ class VLLMGenerator:
         )
         requests = []
         for sequence in sequences:
-            if len(sequence) >= self._max_length:
+            if len(sequence) >= self.max_length:
                 raise ValueError(
-                    f"cannot score {len(sequence)} tokens; the context holds {self._max_length - 1}"
+                    f"cannot score {len(sequence)} tokens; the context holds {self.max_length - 1}"
                 )
             request = next(self._keys)
             self._scores[request] = None
@@ -143,6 +196,9 @@ class VLLMGenerator:
         # Requests in flight are put back and recompute their prefix under the new weights.
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._serve(version)
+
+    def forget(self) -> None:
+        self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
@@ -161,25 +217,34 @@ class VLLMGenerator:
                 continue
             if output.request_id in self._scores:
                 self._scores[output.request_id] = _prompt_scores(output)
-            else:
-                samples = [
-                    self._to_sample(c) for c in sorted(output.outputs, key=lambda c: c.index)
-                ]
-                self._finished.append((self._groups.pop(output.request_id), samples))
+                continue
+            key = self._owners.pop(output.request_id)
+            group = self._groups[key]
+            index, _ = group.requests.pop(output.request_id)
+            group.samples[index] = self._to_sample(output.outputs[0], group.begun[index])
+            self._deliver(key)
 
-    def _to_sample(self, completion: Any) -> Sample:
+    def _deliver(self, key: str) -> None:
+        """Hand a group out once all of it is there."""
+        if not self._groups[key].requests:
+            samples = self._groups.pop(key).samples
+            self._finished.append((key, [sample for sample in samples if sample is not None]))
+
+    def _to_sample(self, completion: Any, begun: Sample | None) -> Sample:
         tokens = tuple(completion.token_ids)
         versions = np.full(len(tokens), self.version, np.int32)
         spans = completion.weight_versions or []
         for span in spans:
             versions[span.start : span.end] = int(span.version)
-        return Sample(
+        whole = begun.token_ids + tokens if begun else tokens
+        sample = Sample(
             token_ids=tokens,
             logprobs=np.array(completion.logprobs.logprobs, np.float32),
             versions=versions,
-            text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            text=self._tokenizer.decode(whole, skip_special_tokens=True),
             finish_reason=completion.finish_reason or "abort",
         )
+        return join_samples(begun, sample, sample.text) if begun else sample
 
 
 @contextmanager
