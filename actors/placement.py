@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from raylign.config import AlignConfig, UserError
+from raylign.config import AlignConfig, RolloutConfig, UserError
 from raylign.runtime import worker_env
 
 
@@ -18,6 +18,7 @@ class Placement:
     rollout: dict[str, Any]
     reward: dict[str, Any]
     learner: dict[str, Any]
+    judge: dict[str, Any]
 
 
 def place(config: AlignConfig) -> Placement:
@@ -25,36 +26,83 @@ def place(config: AlignConfig) -> Placement:
 
     Raises `UserError` when the cluster is too small: Ray would wait for resources without end.
     """
+    judges = config.judge.rollout
+    judged = judges.count if config.judge.model is not None else 0
     wanted = {
         "CPU": config.rollout.count * config.rollout.cpus
         + config.reward.count * config.reward.cpus
-        + config.learner.count * config.learner.cpus,
+        + config.learner.count * config.learner.cpus
+        + judged * judges.cpus,
         "GPU": config.rollout.count * config.rollout.gpus
-        + config.learner.count * config.learner.gpus,
+        + config.reward.count * config.reward.gpus
+        + config.learner.count * config.learner.gpus
+        + judged * judges.gpus,
     }
     present = ray.cluster_resources()
     for kind, amount in wanted.items():
         if amount > present.get(kind, 0.0) + 1e-9:
             raise UserError(
                 f"align needs {amount:g} {kind} ({config.rollout.count} rollout, "
-                f"{config.reward.count} reward and {config.learner.count} learner workers), the "
+                f"{config.reward.count} reward and {config.learner.count} learner workers"
+                f"{f', {judged} judges' if judged else ''}), the "
                 f"cluster has {present.get(kind, 0.0):g}; lower align.*.{kind.lower()}s or counts"
             )
     return Placement(
-        # Several calls at once: groups join the running batch, and syncs arrive in between.
-        rollout={
-            "num_cpus": config.rollout.cpus,
-            "num_gpus": config.rollout.gpus,
-            "max_concurrency": 1024,
-            "runtime_env": _threads(config.rollout.threads, config.rollout.gpus),
+        rollout=place_rollout(config.rollout),
+        reward={
+            "num_cpus": config.reward.cpus,
+            "num_gpus": config.reward.gpus,
+            "runtime_env": _threads(config.reward.threads, config.reward.gpus),
         },
-        reward={"num_cpus": config.reward.cpus, "runtime_env": _threads(1, 0)},
         learner={
             "num_cpus": config.learner.cpus,
             "num_gpus": config.learner.gpus,
             "runtime_env": _threads(config.learner.threads, config.learner.gpus),
         },
+        judge=place_rollout(judges),
     )
+
+
+def place_rollout(config: RolloutConfig) -> dict[str, Any]:
+    """Options of a worker that generates."""
+    return {
+        "num_cpus": config.cpus,
+        "num_gpus": config.gpus,
+        # Several calls at once: groups join the running batch, and syncs arrive in between.
+        "max_concurrency": 1024,
+        "runtime_env": _threads(config.threads, config.gpus),
+    }
+
+
+def require_room(options: dict[str, Any], more: int, key: str) -> None:
+    """Raises `UserError` when the cluster has no resources for `more` actors of these `options`,
+    and is not one that grows."""
+    free = ray.available_resources()
+    for kind, name in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted, there = more * options.get(name, 0), free.get(kind, 0.0)
+        if wanted > there + 1e-9 and not ask_to_grow(options, more):
+            raise UserError(
+                f"{more} more would need {wanted:g} {kind} and the cluster has {there:g} free; "
+                f"lower {key}.{kind.lower()}s, or add machines"
+            )
+
+
+def ask_to_grow(options: dict[str, Any], more: int) -> bool:
+    """Ask Ray's autoscaler for room; whether there is one, and it may make that much."""
+    from ray._private.state import state
+    from ray.autoscaler.sdk import request_resources
+
+    largest = state.get_max_resources_from_cluster_config()
+    if largest is None:  # the cluster has no node types that could be added
+        return False
+    bundle = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)}
+    present = ray.cluster_resources()
+    for kind, each in bundle.items():
+        used = present.get(kind, 0.0) - ray.available_resources().get(kind, 0.0)
+        if used + each * more > largest.get(kind, 0):
+            return False
+    request_resources(bundles=[{kind: each for kind, each in bundle.items() if each}] * more)
+    return True
 
 
 def _threads(threads: int, gpus: float) -> dict[str, Any]:

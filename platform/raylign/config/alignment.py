@@ -33,7 +33,7 @@ class LearnerConfig(Section):
 
     count: Count = 2
     """Ranks."""
-    cpus: float = Field(default=0.4, ge=0)
+    cpus: float = Field(default=0.3, ge=0)
     """Ray CPUs a rank."""
     gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a rank."""

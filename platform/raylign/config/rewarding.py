@@ -85,7 +85,7 @@ class RewardConfig(Section):
     sandbox: SandboxConfig = SandboxConfig()
     count: Count = 1
     """Workers."""
-    cpus: float = Field(default=0.2, ge=0)
+    cpus: float = Field(default=0.1, ge=0)
     """Ray CPUs a worker."""
     gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a worker; for reward models."""

@@ -30,8 +30,8 @@ class RolloutConfig(Section):
 
     count: Count = 2
     """Workers."""
-    cpus: float = Field(default=0.5, ge=0)
-    """Ray CPUs a worker."""
+    cpus: float = Field(default=0.2, ge=0)
+    """Ray CPUs a worker; a share, so that a small machine has room for more of them."""
     gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a worker."""
     threads: Count = 1
