@@ -1,17 +1,18 @@
-"""Rollout workers, and the elastic pool that hands them groups of prompts.
+"""Rollout workers: a generator, and the environments of its episodes, behind a Ray actor.
 
-A worker wraps a generator loop. The pool knows which policy version each worker has proved, gives
-work only to workers that are fresh enough, gives every request a deadline, and replaces workers
-that die or hang; a lost request is simply made again elsewhere.
+A worker is handed requests and asked for its pulse: what it has finished since, and whether it gets
+on. What it was handed can be taken back, with every token that was sampled.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import queue
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,29 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from actors.supervision import INFRASTRUCTURE, Budget
 from actors.weights import SyncProof, WeightManifest, adopt_weights
-from raylign.config import RolloutConfig
-from raylign.inference.generator import Sample, Sampling, build_generator
-from raylign.inference.serving import GeneratorLoop
+from raylign.config import EnvironmentConfig, RolloutConfig
+from raylign.environments.rendering import TurnRenderer
+from raylign.environments.responding import EnvironmentResponder
+from raylign.environments.source import load_environment
+from raylign.inference.episode import Episode
+from raylign.inference.generator import Sampling, build_generator
+from raylign.inference.serving import GeneratorLoop, Request
+from raylign.models.loading import load_tokenizer
 from raylign.records import Prompt, Trajectory
+from raylign.rewards.scoring import Rejection
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """Completions of one prompt that are wanted."""
+
+    prompt: Prompt
+    group: str
+    sampling: Sampling
+    count: int
+    oldest: int
+    """Version that a worker must have proved, or a later one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,15 +53,70 @@ class Rollout:
     worker: str
     start: float
     end: float
+    rejected: tuple[Rejection, ...] = ()
+    """Completions whose environment failed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Errand:
+    """A request as a worker gets it."""
+
+    key: str
+    request: RolloutRequest
+    begun: tuple[Episode, ...] = ()
+    """What is there of each completion already."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What became of an errand; one of the three."""
+
+    key: str
+    rollout: Rollout | None = None
+    taken_back: tuple[Episode, ...] | None = None
+    fault: str = ""
+    """Why this prompt cannot be served."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pulse:
+    """What a worker says of itself."""
+
+    answers: tuple[Answer, ...]
+    """Since the last pulse."""
+    steps: int
+    """Scheduling steps made so far; with work, they grow."""
+    busy: bool
+    """Whether it is loading weights in place of sampling."""
+    broken: str
+    """Why it can do nothing more."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Done:
+    errand: Errand
+    start: float
+    end: float
+    future: Future[tuple[Episode, ...]]
 
 
 class RolloutWorker:
     """One generator behind a Ray actor; methods may run at the same time."""
 
     def __init__(
-        self, name: str, model: Path, config: RolloutConfig, max_length: int, seed: int
+        self,
+        name: str,
+        model: Path,
+        config: RolloutConfig,
+        max_length: int,
+        seed: int,
+        environment: EnvironmentConfig | None = None,
     ) -> None:
         self._name = name
+        self._environment = environment
+        if environment is not None and environment.source is not None:
+            self._make = load_environment(environment.source, environment.options)
+            self._renderer = TurnRenderer(load_tokenizer(model))
         generator = build_generator(
             config.backend,
             model,
@@ -55,198 +126,128 @@ class RolloutWorker:
             max_sequences=config.max_sequences,
             threads=config.threads,
             seed=seed,
+            gpu_memory_share=config.gpu_memory_share,
         )
         self._loop = GeneratorLoop(generator)
+        self._done: queue.SimpleQueue[_Done | Answer] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: dict[str, Future[tuple[Episode, ...]]] = {}
+        self._unwanted: set[str] = set()  # taken back before they came
 
     def ping(self) -> str:
         """Answers once the generator is ready."""
         return self._name
 
-    def generate(self, prompt: Prompt, group: str, sampling: Sampling, count: int) -> Rollout:
-        """`count` completions of `prompt`."""
+    def submit(self, errands: Sequence[Errand], ordered: bool = False) -> None:
+        """Take requests; those of one call that are `ordered` are sampled from the same first step,
+        and depend on nothing but the weights and themselves. Pulses tell what becomes of them."""
+        with self._lock:
+            wanted = [errand for errand in errands if errand.key not in self._unwanted]
+            for errand in errands:
+                if errand.key in self._unwanted:
+                    self._done.put(Answer(errand.key, taken_back=errand.begun))
+            futures = self._loop.submit([self._to_request(errand) for errand in wanted], ordered)
+            self._open |= {e.key: future for e, future in zip(wanted, futures, strict=True)}
         start = time.time()
-        samples = self._loop.submit(prompt.token_ids, sampling, count).result()
-        return Rollout(
-            trajectories=tuple(to_trajectory(prompt, group, sample) for sample in samples),
-            worker=self._name,
-            start=start,
-            end=time.time(),
-        )
+        for errand, future in zip(wanted, futures, strict=True):
+            future.add_done_callback(partial(self._finish, errand, start))
 
-    def adopt(self, manifest: WeightManifest, tolerance: float) -> SyncProof:
-        """Pull, load and prove a policy version; generation goes on under it."""
+    def pulse(self, wait_s: float) -> Pulse:
+        """What is finished, as soon as something is or after `wait_s`, and how it goes."""
+        answers: list[Answer] = []
+        try:
+            while True:
+                block = not answers and self._loop.failure is None
+                item = self._done.get(block, wait_s)
+                answer = item if isinstance(item, Answer) else self._to_answer(item)
+                if answer is not None:
+                    answers.append(answer)
+        except queue.Empty:
+            pass
+        failure = self._loop.failure
+        broken = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        return Pulse(tuple(answers), self._loop.steps, self._loop.busy, broken)
+
+    def withdraw(self, keys: Sequence[str]) -> None:
+        """Stop these requests; pulses bring what is there of them, or that they were finished."""
+        with self._lock:
+            known = [key for key in keys if key in self._open]
+            self._unwanted.update(set(keys) - set(known))
+            futures = [self._open[key] for key in known]
+        for key, episodes in zip(known, self._loop.withdraw(futures).result(), strict=True):
+            if episodes is not None:
+                self._done.put(Answer(key, taken_back=episodes))
+
+    def adopt(self, manifest: WeightManifest, tolerance: float, restart: bool = False) -> SyncProof:
+        """Pull, load and prove a policy version; generation goes on under it, or, to `restart`,
+        begins again."""
         start = time.time()
-        error = self._loop.call(lambda g: adopt_weights(g, manifest, tolerance)).result()
+        error = self._loop.call(lambda g: adopt_weights(g, manifest, tolerance), restart).result()
         return SyncProof(manifest.version, manifest.checksum, error, start, time.time())
 
+    def _to_request(self, errand: Errand) -> Request:
+        request, prompt = errand.request, errand.request.prompt
+        environment = self._environment
+        respond = None
+        if environment is not None and environment.source is not None:
+            respond = partial(
+                EnvironmentResponder, self._make, prompt, self._renderer, environment.max_turns
+            )
+        return Request(prompt.token_ids, request.sampling, request.count, respond, errand.begun)
 
-def to_trajectory(prompt: Prompt, group: str, sample: Sample) -> Trajectory:
-    """Prompt and completion as one sequence; only sampled tokens are trained."""
-    before, sampled = len(prompt.token_ids), len(sample.token_ids)
+    def _finish(self, errand: Errand, start: float, future: Future[tuple[Episode, ...]]) -> None:
+        """In the generator's thread: no more than is needed."""
+        self._open.pop(errand.key, None)
+        if not future.cancelled():
+            self._done.put(_Done(errand, start, time.time(), future))
+
+    def _to_answer(self, done: _Done) -> Answer | None:
+        error = done.future.exception()
+        if isinstance(error, ValueError):
+            return Answer(done.errand.key, fault=str(error))
+        if error is not None:
+            return None  # the whole generator's; the pulse says so
+        request, kept, rejected = done.errand.request, [], []
+        for episode in done.future.result():
+            if episode.failure is None:
+                kept.append(to_trajectory(request.prompt, request.group, episode, self._name))
+            else:
+                lost = episode.failure
+                rejected.append(
+                    Rejection(request.prompt.id, request.group, lost.failure, lost.detail)
+                )
+        rollout = Rollout(tuple(kept), self._name, done.start, done.end, tuple(rejected))
+        return Answer(done.errand.key, rollout)
+
+
+def to_trajectory(prompt: Prompt, group: str, episode: Episode, worker: str) -> Trajectory:
+    """Prompt and episode as one sequence; only sampled tokens are trained."""
+    tokens = [np.array(prompt.token_ids, np.int32)]
+    logprobs = [np.zeros(len(prompt.token_ids), np.float32)]
+    versions = [np.full(len(prompt.token_ids), -1, np.int32)]
+    for place, turn in enumerate(episode.turns):
+        tokens.append(np.array(turn.token_ids, np.int32))
+        logprobs.append(turn.logprobs)
+        versions.append(turn.versions)
+        answer = episode.replies[place].tokens if place < len(episode.replies) else None
+        if answer:
+            tokens.append(np.array(answer, np.int32))
+            logprobs.append(np.zeros(len(answer), np.float32))
+            versions.append(np.full(len(answer), -1, np.int32))
+    spans = np.concatenate(versions)
     return Trajectory(
         prompt_id=prompt.id,
         group_id=group,
-        token_ids=np.array(prompt.token_ids + sample.token_ids, np.int32),
-        loss_mask=np.arange(before + sampled) >= before,
-        logprobs=np.concatenate([np.zeros(before, np.float32), sample.logprobs]),
-        versions=np.concatenate([np.full(before, -1, np.int32), sample.versions]),
-        finish_reason=sample.finish_reason,
-        text=sample.text,
+        token_ids=np.concatenate(tokens),
+        loss_mask=spans >= 0,
+        logprobs=np.concatenate(logprobs),
+        versions=spans,
+        finish_reason=episode.finish_reason,
+        text=episode.turns[-1].text,
+        worker=worker,
+        turns=len(episode.turns),
+        environment_reward=episode.reward,
     )
-
-
-@dataclass(slots=True)
-class _Member:
-    """What the pool knows of one worker."""
-
-    name: str
-    handle: ActorHandle
-    version: int = -1
-    """Last version proved; -1 before the first proof."""
-    load: int = 0
-    """Groups in flight."""
-    sync: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-class RolloutPool:
-    """The rollout workers of a run."""
-
-    def __init__(
-        self,
-        config: RolloutConfig,
-        spawn: Callable[[str], ActorHandle],
-        on_sync: Callable[[str, SyncProof], None],
-    ) -> None:
-        """`spawn` starts a worker of the given name; `on_sync` hears of every proved sync."""
-        self._config, self._spawn, self._on_sync = config, spawn, on_sync
-        self._members: dict[str, _Member] = {}
-        self._born = 0
-        self._manifest: WeightManifest | None = None
-        self._changed = asyncio.Condition()
-        self._budget = Budget("rollout worker", config.max_restarts)
-        self._idle_since: float | None = None
-        self._idle_seconds = 0.0
-
-    async def start(self, manifest: WeightManifest) -> None:
-        """Start the configured number of workers and prove the first policy version on each."""
-        self._manifest = manifest
-        await asyncio.gather(*(self.add() for _ in range(self._config.count)))
-
-    async def add(self) -> str:
-        """One more worker; it pulls the current version, proves it, then serves."""
-        name = f"rollout-{self._born}"
-        self._born += 1
-        member = _Member(name, self._spawn(name))
-        self._members[name] = member
-        try:
-            await asyncio.wait_for(member.handle.ping.remote(), self._config.start_deadline_s)
-        except INFRASTRUCTURE as error:
-            return await self._replace(member, error)
-        await self._sync(member)
-        return name
-
-    async def remove(self, name: str) -> None:
-        """Let a worker finish what it has, then stop it."""
-        member = self._members.pop(name)
-        async with self._changed:
-            await self._changed.wait_for(lambda: member.load == 0)
-        ray.kill(member.handle)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._members)
-
-    async def publish(self, manifest: WeightManifest) -> None:
-        """Bring every worker to a new version; returns when all have proved it."""
-        self._manifest = manifest
-        await asyncio.gather(*(self._sync(member) for member in list(self._members.values())))
-
-    async def generate(
-        self, prompt: Prompt, group: str, sampling: Sampling, count: int, oldest: int
-    ) -> Rollout:
-        """`count` completions by a worker that has proved version `oldest` or a later one.
-
-        A worker that dies or misses the deadline is replaced and the request made again. Raises
-        `BudgetSpent` when too many had to be replaced, `ValueError` when the prompt is at fault.
-        """
-        while True:
-            member = await self._acquire(oldest)
-            try:
-                return await asyncio.wait_for(
-                    member.handle.generate.remote(prompt, group, sampling, count),
-                    self._config.deadline_s,
-                )
-            except INFRASTRUCTURE as error:
-                await self._replace(member, error)
-            finally:
-                await self._release(member)
-
-    async def _acquire(self, oldest: int) -> _Member:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._ready(oldest))
-            member = min(self._ready(oldest), key=lambda m: (m.load, m.name))
-            member.load += 1
-            if self._idle_since is not None:
-                self._idle_seconds += time.monotonic() - self._idle_since
-                self._idle_since = None
-            return member
-
-    def _ready(self, oldest: int) -> list[_Member]:
-        return [m for m in self._members.values() if m.version >= oldest]
-
-    async def _release(self, member: _Member) -> None:
-        async with self._changed:
-            member.load -= 1
-            if not any(m.load for m in self._members.values()):
-                self._idle_since = time.monotonic()
-            self._changed.notify_all()
-
-    async def _sync(self, member: _Member) -> None:
-        assert self._manifest is not None
-        async with member.sync:
-            manifest = self._manifest
-            if member.version >= manifest.version:
-                return
-            try:
-                proof: SyncProof = await asyncio.wait_for(
-                    member.handle.adopt.remote(manifest, self._config.canary_tolerance),
-                    self._config.deadline_s,
-                )
-            except INFRASTRUCTURE as error:
-                await self._replace(member, error)
-                return
-        log.debug("%s proved version %d", member.name, proof.version)
-        member.version = proof.version
-        self._on_sync(member.name, proof)
-        async with self._changed:
-            self._changed.notify_all()
-
-    async def _replace(self, member: _Member, error: BaseException) -> str:
-        """Kill a failed worker and start its successor, whose name is returned; a worker that
-        another request has already replaced is left at that."""
-        if self._members.get(member.name) is not member:
-            return member.name
-        del self._members[member.name]
-        ray.kill(member.handle)
-        self._budget.spend(f"{member.name}: {_describe(error)}")
-        return await self.add()
-
-    def take_idle_seconds(self) -> float:
-        """Seconds without any group in flight since the last call."""
-        seconds, self._idle_seconds = self._idle_seconds, 0.0
-        return seconds
-
-    def stop(self) -> None:
-        """Kill all workers."""
-        for member in self._members.values():
-            ray.kill(member.handle)
-        self._members.clear()
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return "no answer within its deadline"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'died'}"
 
 
 def spawn_rollout_worker(name: str, options: dict[str, Any], *arguments: Any) -> ActorHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError
 
@@ -21,6 +22,38 @@ INFRASTRUCTURE = (
 
 class BudgetSpent(RuntimeError):
     """More restarts were needed than the run allows."""
+
+
+class FleetExhausted(BudgetSpent):
+    """No worker is left, and none may be started."""
+
+
+class PromptLost(RuntimeError):
+    """A request that lost one worker after another, and is likely what they died of."""
+
+    def __init__(self, prompt: str, reasons: Sequence[str]) -> None:
+        super().__init__(
+            f"prompt {prompt} is set aside: {len(reasons)} workers were lost or late with it "
+            f"({'; '.join(reasons)})"
+        )
+        self.prompt, self.reasons = prompt, tuple(reasons)
+
+
+class Stalled(TimeoutError):
+    """A worker that is there and gets nowhere."""
+
+
+def describe(error: BaseException) -> str:
+    """One line of what befell a worker; of an error inside of it, what it was there."""
+    inner = getattr(error, "cause", None)
+    error = inner if isinstance(inner, BaseException) else error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, TimeoutError):
+        return lines[0] if lines else "no answer within its deadline"
+    if not lines:
+        return f"{type(error).__name__}: died"
+    # Of an actor that could not be made, the last line is the error; of others the first one.
+    return f"{type(error).__name__}: {lines[-1 if 'creation task' in lines[0] else 0].strip()}"
 
 
 class Budget:

@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
-from actors.rollout import RolloutPool, RolloutWorker
+from actors.rollout import RolloutWorker
+from actors.rollout_pool import RolloutPool
 from actors.supervision import BudgetSpent
 from actors.weights import Canary, SyncProof, WeightManifest
 from raylign.config import RolloutConfig, UserError
@@ -50,7 +51,7 @@ class Request(Generic[T]):
 class TeacherWorker(RolloutWorker):
     """A rollout worker that serves the weights of its model directory."""
 
-    def adopt(self, manifest: WeightManifest, tolerance: float) -> SyncProof:
+    def adopt(self, manifest: WeightManifest, tolerance: float, restart: bool = False) -> SyncProof:
         """Nothing was published: the loaded weights are version 0."""
         now = time.time()
         return SyncProof(manifest.version, manifest.checksum, 0.0, now, now)
