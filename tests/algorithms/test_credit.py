@@ -244,9 +244,11 @@ def test_whitening_over_ranks() -> None:
     assert (white[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("value", [0.1, -1e6, 0.0])
-def test_whitening_of_what_does_not_vary_is_nothing(value: float) -> None:
-    values, mask = torch.full((50, 7), value), torch.ones(50, 7, dtype=torch.bool)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1.1, -1e5 / 7, 0.0])
+def test_whitening_of_what_does_not_vary_is_nothing(value: float, dtype: torch.dtype) -> None:
+    """Exactly, though the sums round."""
+    values, mask = torch.full((50, 7), value, dtype=dtype), torch.ones(50, 7, dtype=torch.bool)
     assert (apply_whitening(values, mask, whiten_moments(values, mask)) == 0).all()
     for few in (torch.zeros_like(mask), mask & (torch.arange(350).view(50, 7) == 3)):
         assert (apply_whitening(values, few, whiten_moments(values, few)) == 0).all()

@@ -88,6 +88,18 @@ def test_mean_over_pairs_as_the_loop_says() -> None:
     assert (float(total), float(count)) == (right, 2)
 
 
+def test_a_pair_weighs_what_its_tokens_do() -> None:
+    inputs = make_inputs(4)
+    trained = inputs.weights > 0
+    uneven = torch.where(trained, torch.arange(1.0, 9.0).double()[:, None], 0.0)
+    loss, _ = online_dpo_loss(replace(inputs, weights=uneven), NUMBERS)
+    expected = torch.zeros((), dtype=torch.float64)
+    for rows in ([1, 2], [6, 7]):
+        alone = replace(select(inputs, rows), weights=trained[rows] / trained[rows].sum())
+        expected = expected + uneven[rows].sum() * online_dpo_loss(alone, NUMBERS)[0]
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_any_split_that_keeps_pairs_together_gives_the_same() -> None:
     inputs = make_inputs(1)
     whole, metrics = online_dpo_loss(inputs, NUMBERS)
