@@ -53,3 +53,12 @@ def note_sync(journal: Journal) -> Callable[[str, SyncProof], None]:
         )
 
     return hear
+
+
+def note_change(journal: Journal) -> Callable[[str, str, str], None]:
+    """Tells `journal` of workers that come and go."""
+
+    def hear(worker: str, what: str, reason: str) -> None:
+        journal.event(actor=worker, what=what, **({"text": reason} if reason else {}))
+
+    return hear
