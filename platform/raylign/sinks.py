@@ -6,6 +6,7 @@ turns that sink off with one warning, and the run goes on.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -135,11 +136,9 @@ class TensorBoardSink:
             self._writer = None
 
     def _start(self, step: int) -> Any:
-        from tensorboardX import SummaryWriter
-
         # A file opened in the same second has the same name but for its suffix. What an earlier one
         # holds of this step and later is hidden by purge_step.
-        self._writer = SummaryWriter(
+        self._writer = importlib.import_module("tensorboardX").SummaryWriter(
             str(self._directory),
             purge_step=step if self._directory.is_dir() else None,
             filename_suffix=f".{uuid.uuid4().hex[:8]}",
@@ -158,8 +157,7 @@ class WandbSink:
         self._run: Any = None
 
     def open(self) -> None:
-        import wandb
-
+        wandb = importlib.import_module("wandb")
         self._run = wandb.init(
             project=self._project,
             name=self._name,
@@ -198,10 +196,8 @@ class MlflowSink:
         self._run = ""
 
     def open(self) -> None:
-        from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
-
-        self._client = client = MlflowClient()
+        entity = importlib.import_module("mlflow.entities").Param
+        self._client = client = importlib.import_module("mlflow").MlflowClient()
         found = client.get_experiment_by_name(self._experiment)
         place = found.experiment_id if found else client.create_experiment(self._experiment)
         tag = f"tags.raylign = '{self._identity}'"
@@ -211,16 +207,15 @@ class MlflowSink:
             return
         created = client.create_run(place, tags={"raylign": self._identity}, run_name=self._name)
         self._run = created.info.run_id
-        flat = [Param(k, str(v)[:_MLFLOW_VALUE]) for k, v in flatten(self._settings)]
+        flat = [entity(k, str(v)[:_MLFLOW_VALUE]) for k, v in flatten(self._settings)]
         for start in range(0, len(flat), _MLFLOW_PARAMS):
             client.log_batch(self._run, params=flat[start : start + _MLFLOW_PARAMS])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
+        entity = importlib.import_module("mlflow.entities").Metric
         now = int(time.time() * 1000)
         rows = [
-            Metric(re.sub(r"[^\w/ .-]", "_", k), float(v), now, step) for k, v in metrics.items()
+            entity(re.sub(r"[^\w/ .-]", "_", k), float(v), now, step) for k, v in metrics.items()
         ]
         self._client.log_batch(self._run, metrics=rows)
 
@@ -241,8 +236,7 @@ class TrackioSink:
         self._run: Any = None
 
     def open(self) -> None:
-        import trackio
-
+        trackio = importlib.import_module("trackio")
         self._run = trackio.init(
             project=self._project, name=self._name, config=dict(self._settings), resume="allow"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,6 +32,7 @@ from rich.text import Text
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+_STEP = re.compile(rb'\{"step": (\d+)[,}]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,29 @@ def _parse_lines(text: bytes) -> list[dict[str, Any]]:
     return rows
 
 
+def cut_lines(file: Path, step: int) -> None:
+    """Remove the rows of `step` and later, and lines cut short, from a JSON-lines file, if there is
+    one; whoever reads it sees it before or after. Raises `OSError`."""
+    if not file.is_file():
+        return
+    draft = file.with_name(f".{file.name}")
+    with file.open("rb") as written, draft.open("wb") as kept:
+        # Line by line, and not all of each: a file of rollouts may be larger than the memory.
+        for line in written:
+            row = _STEP.match(line)
+            number = int(row[1]) if row else _read_step(line)
+            if number is not None and number < step and line.endswith(b"\n"):
+                kept.write(line)
+    os.replace(draft, file)
+
+
+def _read_step(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 class GrowingLines:
     """Rows of a JSON-lines file that someone else is writing; each is read once.
 
@@ -149,6 +174,13 @@ class GrowingLines:
         return self._rows
 
 
+def append_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a JSON-lines file; what is not JSON is written as text. Raises `OSError`."""
+    lines = [json.dumps(row, default=str) + "\n" for row in rows]
+    with _append_lines(file) as stream:
+        stream.writelines(lines)
+
+
 class _RateColumn(TextColumn):
     """Units a second."""
 
@@ -164,6 +196,17 @@ class _RateColumn(TextColumn):
         return Text(f"{figure} {unit}/s", style="cyan")
 
 
+class _Bars(Progress):
+    """Bars, and below them whatever else is to be seen now."""
+
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
+
+
 class ProgressBoard:
     """One line a stage: bar, rate, time left and the numbers that matter now.
 
@@ -174,7 +217,7 @@ class ProgressBoard:
         self.console = console or Console(stderr=True)
         self._live = self.console.is_terminal
         self._plain_every = plain_every
-        self._bars = Progress(
+        self._bars = _Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("[bold]{task.description:<9}"),
             BarColumn(bar_width=28),
@@ -198,6 +241,15 @@ class ProgressBoard:
         """A line above the bars."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
+    def show(self, drawn: RenderableType) -> None:
+        """A table, or the like, above the bars."""
+        self.console.print(drawn, highlight=False)
+
+    def pin(self, drawn: RenderableType | None) -> None:
+        """Keep something in sight below the bars, in place of what was; on a terminal only."""
+        self._bars.below = drawn
+        self._bars.refresh()
+
     @contextmanager
     def bar(self, name: str, total: float | None, unit: str = "step") -> Iterator[Bar]:
         """A bar for the block; yields a `Bar`."""
@@ -219,6 +271,7 @@ class Bar:
         self, board: ProgressBoard, task: TaskID, name: str, total: float | None, unit: str
     ) -> None:
         self._board, self._task, self._name, self._unit = board, task, name, unit
+        self.show, self.pin = board.show, board.pin
         self.total, self._done, self._note = total, 0.0, ""
         self._started = self._printed = time.monotonic()
 

@@ -1,0 +1,189 @@
+"""The files, sinks and terminal of reinforcement learning: `actors.journal.Journal` in full.
+
+    events.jsonl     what every actor did, from when to when, and what befell it
+    metrics.jsonl    one row a step
+    rollouts.jsonl   one row a completion, learned from or not; see `jobs.align_rows`
+    examples.jsonl   a few groups, every `every` steps
+
+All of it is written on a thread of its own. What finds no room there, or cannot be written, is
+counted, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors.buffer import Group
+from actors.learner import LearnerReport
+from jobs.align_panel import draw_panel, note_step, tabulate_steps
+from jobs.align_rows import Spell, list_examples, list_rollouts
+from raylign.outbox import Outbox
+from raylign.records import Prompt
+from raylign.sinks import GuardedSink, Sink
+from raylign.tracking import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    Bar,
+    append_rows,
+    cut_lines,
+    read_lines,
+)
+from raylign.training.batches import LearnerBatch
+
+log = logging.getLogger(__name__)
+
+ROLLOUTS_FILE = "rollouts.jsonl"
+EXAMPLES_FILE = "examples.jsonl"
+CAPACITY = 10_000
+CLOSE_S = 60.0
+# What every actor does all the time; the rest is news.
+ROUTINE = frozenset({"generate", "score", "learn", "wait", "sync", "save"})
+
+
+class AlignJournal:
+    """Takes everything in, and neither fails nor waits; `close` it at the end."""
+
+    def __init__(
+        self,
+        directory: Path,
+        bar: Bar,
+        prompts: Mapping[str, Prompt],
+        sinks: Sequence[Sink] = (),
+        every: int = 5,
+        spell: Spell | None = None,
+        capacity: int = CAPACITY,
+    ) -> None:
+        """every: steps between examples, and between completions token by token, for which `spell`
+        gives the text of each token. capacity: events and completions that may wait to be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._bar, self._prompts = directory, bar, prompts
+        self._every, self._spell = every, spell
+        self._rows = read_lines(
+            directory / METRICS_FILE
+        )  # of an attempt that this one goes on with
+        self._news = ""
+        self._shown, self._failed = True, 0
+        self._outbox = Outbox("journal", capacity, self._fail)
+        self._sinks = [GuardedSink(sink, self._warn) for sink in sinks]
+
+    def event(self, **fields: Any) -> None:
+        """A row of events.jsonl, with the time of this call."""
+        row = {"time": time.time()} | fields
+        self._outbox.put(partial(self._write, EVENTS_FILE, [row]))
+        what = fields.get("what")
+        if what not in ROUTINE:
+            told = (fields.get(key) for key in ("actor", "what", "reason"))
+            self._news = " ".join(str(part) for part in told if part is not None)[:160]
+            self._show()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A row of metrics.jsonl, for the sinks too, and for whoever watches."""
+        values = {name: float(value) for name, value in metrics.items()}
+        seconds = values.get("step_seconds", 0.0)
+        if seconds > 0 and "sampled_tokens" in values:
+            values.setdefault("tokens_per_second", values["sampled_tokens"] / seconds)
+        row = {"step": step, "time": time.time()} | values
+        self._rows.append(row)
+        self._outbox.put(partial(self._write, METRICS_FILE, [row]))
+        for sink in self._sinks:
+            sink.log(step, values)
+        self._show()
+
+    def rollouts(
+        self,
+        step: int,
+        version: int,
+        groups: Sequence[Group],
+        batch: LearnerBatch,
+        report: LearnerReport,
+    ) -> None:
+        """Rows of rollouts.jsonl and, every so many steps, of examples.jsonl."""
+        last = self._bar.total is not None and step == int(self._bar.total) - 1
+        spell = self._spell if step % self._every == 0 or last else None
+
+        def write() -> None:
+            rows = list_rollouts(step, version, groups, batch, report, self._prompts, spell)
+            self._write(ROLLOUTS_FILE, rows)
+            if step % self._every == 0 or last:
+                self._write(EXAMPLES_FILE, list_examples(step, groups, self._prompts))
+
+        self._outbox.put(write, weight=max(1, sum(len(group.trajectories) for group in groups)))
+
+    def rewind(self, step: int) -> None:
+        """Rows of `step` and later are removed, but for events: those have happened."""
+        self._rows = [row for row in self._rows if int(row["step"]) < step]
+        for name in (METRICS_FILE, ROLLOUTS_FILE, EXAMPLES_FILE):
+            self._outbox.put(partial(cut_lines, self._directory / name, step), needed=True)
+        for sink in self._sinks:
+            sink.rewind(step)
+        self._show()
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Numbers of the whole run for its manifest."""
+        if not self._rows:
+            return {}
+        rewards = [row.get("reward/total", 0.0) for row in self._rows]
+        found = {
+            "steps": self._rows[-1]["step"] + 1,
+            "reward_first": rewards[0],
+            "reward_last": rewards[-1],
+            "mismatch_worst": max(row.get("mismatch/mean_abs", 0.0) for row in self._rows),
+        }
+        for row in self._rows:
+            for name, value in row.items():
+                if name in ("samples", "sampled_tokens") or name.startswith("dropped/"):
+                    found[name] = found.get(name, 0) + value
+        lost = self._outbox.lost + self._failed
+        return found | ({"journal_lost": lost} if lost else {})
+
+    def close(self) -> None:
+        """Write what is left, and show the last steps."""
+        for sink in self._sinks:
+            sink.close()
+        lost = self._outbox.lost
+        if lost:
+            self.event(what="journal_lost", reason=f"{lost} rows found no room")
+        if not self._outbox.close(CLOSE_S):
+            log.warning("%s could not be written within %.0f s", self._directory, CLOSE_S)
+        self._show(final=True)
+
+    def _show(self, final: bool = False) -> None:
+        """On the terminal; one that cannot be written to any more is left alone."""
+        if not self._shown:
+            return
+        try:
+            if final:
+                self._bar.pin(None)
+                if self._rows:
+                    self._bar.show(tabulate_steps(self._rows))
+            elif self._rows:
+                self._bar.pin(draw_panel(self._rows[-1], self._news))
+                self._bar.update(self._rows[-1]["step"] + 1, note_step(self._rows[-1]))
+        except Exception as error:
+            self._shown = False
+            log.warning("nothing more is shown: %s: %s", type(error).__name__, error)
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        append_rows(self._directory / name, rows)
+
+    def _fail(self, error: Exception) -> None:
+        self._failed += 1
+        if self._failed == 1:
+            log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
+
+    def _warn(self, sink: str, reason: str) -> None:
+        log.warning("%s is off for the rest of the run: %s", sink, reason)
+        self._outbox.put(
+            partial(
+                self._write,
+                EVENTS_FILE,
+                [{"time": time.time(), "what": "sink_off", "sink": sink, "reason": reason}],
+            )
+        )
