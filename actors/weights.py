@@ -1,51 +1,27 @@
-"""How weights travel from the learner to whoever samples: published once, pulled by each.
+"""How weights travel from the learner to whoever samples: published once, taken by each.
 
-The learner packs its weights into buckets of bounded size in the object store and publishes a
-small manifest: version, checksums, and a *canary* (sequences with the learner's own log-probs). A
-rollout worker pulls the manifest's buckets, checks them, loads them, and must reproduce the canary
-before it serves. Pulling makes newcomers and restarted workers ordinary: they take the current
-manifest like everyone else.
+The learner packs its weights into buckets of bounded size, lays them out through a transport, and
+publishes a small manifest: version, checksums, and a *canary* (sequences with the learner's own
+log-probs). A rollout worker reads the manifest's buckets, checks them, loads them, and must
+reproduce the canary before it serves. Newcomers and restarted workers are ordinary: they take the
+current manifest like everyone else.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import ray
 import torch
 import xxhash
 
+from actors.broadcast import Broadcast
+from actors.transports import Ipc, ObjectStore, SharedMemory, Transport
 from raylign.inference.generator import Generator
+from raylign.training.buckets import Bucket, Place, SyncError, open_bucket, pack_buckets
 
 BUCKET_BYTES = 64 << 20
-ALIGNMENT = 16  # of each tensor in its bucket, so that it can be viewed as any type
-
-
-class SyncError(RuntimeError):
-    """A worker's weights are not what the learner published; it must not serve."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Where a tensor lies inside its bucket."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """One object of the store: concatenated tensors, uint8."""
-
-    ref: ray.ObjectRef
-    checksum: str
-    tensors: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +33,16 @@ class Canary:
     """float32 [T] each, temperature 1, entry 0 is 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What a LoRA adapter is besides its tensors, whose names are PEFT's."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names of the modules that it adapts, such as `q_proj`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightManifest:
     """One published policy version."""
@@ -64,6 +50,8 @@ class WeightManifest:
     version: int
     buckets: tuple[Bucket, ...]
     canary: Canary
+    adapter: AdapterSpec | None = None
+    """Given when the tensors are an adapter's, to be applied beside the base; None: all weights."""
 
     @property
     def bytes(self) -> int:
@@ -71,8 +59,14 @@ class WeightManifest:
 
     @property
     def checksum(self) -> str:
-        """One checksum over all buckets."""
-        return xxhash.xxh3_128_hexdigest("".join(b.checksum for b in self.buckets).encode())
+        """One checksum over version, kind, and all buckets."""
+        parts = [f"{self.version} {self.adapter}", *(b.checksum for b in self.buckets)]
+        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors, in their order."""
+        return tuple(tensor.name for bucket in self.buckets for tensor in bucket.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,66 +81,84 @@ class SyncProof:
     end: float
 
 
-def pack_weights(
-    weights: Mapping[str, torch.Tensor], limit: int = BUCKET_BYTES
-) -> list[tuple[np.ndarray, tuple[TensorSpec, ...]]]:
-    """Concatenate tensors in order into uint8 arrays of at most `limit` bytes (a larger tensor
-    has one to itself)."""
-    packed: list[tuple[np.ndarray, tuple[TensorSpec, ...]]] = []
-    pieces: list[np.ndarray] = []
-    specs: list[TensorSpec] = []
-    size = 0
-    for name, tensor in weights.items():
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        raw = np.pad(raw, (0, -len(raw) % ALIGNMENT))
-        if pieces and size + len(raw) > limit:
-            packed.append((np.concatenate(pieces), tuple(specs)))
-            pieces, specs, size = [], [], 0
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), size, tensor.nbytes))
-        pieces.append(raw)
-        size += len(raw)
-    if pieces:
-        packed.append((np.concatenate(pieces), tuple(specs)))
-    return packed
+def build_transport(
+    name: str, *, host: str = "127.0.0.1", on_card: bool = False, deadline_s: float = 120.0
+) -> Transport:
+    """The learner's side of a transport, by the name that `choose_transport` gave.
+
+    host: where workers reach this process; on_card: NCCL in place of gloo; deadline_s: of a worker
+    that receives. The last three are for broadcast.
+    """
+    if name == "broadcast":
+        return Broadcast(host, on_card=on_card, deadline_s=deadline_s)
+    if name == "shared_memory":
+        return SharedMemory()
+    return Ipc() if name == "ipc" else ObjectStore()
 
 
 def publish_weights(
-    version: int, weights: Mapping[str, torch.Tensor], canary: Canary, limit: int = BUCKET_BYTES
+    version: int,
+    tensors: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor],
+    canary: Canary,
+    transport: Transport | None = None,
+    *,
+    limit: int = BUCKET_BYTES,
+    adapter: AdapterSpec | None = None,
 ) -> WeightManifest:
-    """Put `weights` into the object store as policy `version`."""
-    buckets = [
-        Bucket(ray.put(data), xxhash.xxh3_128_hexdigest(data.data), specs)
-        for data, specs in pack_weights(weights, limit)
-    ]
-    return WeightManifest(version, tuple(buckets), canary)
+    """Lay out `tensors` as policy `version`; through the object store without a `transport`.
+
+    Tensors are taken one at a time, each read before the next is asked for, in buckets of at most
+    `limit` bytes; a finished bucket is on its way while the next is gathered. Give `adapter` when
+    the tensors are an adapter's alone. Raises `UserError` when the transport has no room.
+    """
+    named = tensors.items() if isinstance(tensors, Mapping) else tensors
+    transport = ObjectStore() if transport is None else transport
+    transport.begin(version)
+    for packed in pack_buckets(version, named, limit, transport.room):
+        transport.lay(packed)
+    return WeightManifest(version, transport.finish(), canary, adapter)
 
 
-def pull_weights(manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """The published tensors, a bucket at a time. Raises `SyncError` on a checksum mismatch."""
-    for bucket in manifest.buckets:
-        data = ray.get(bucket.ref)
-        found = xxhash.xxh3_128_hexdigest(data)
-        if found != bucket.checksum:
-            raise SyncError(
-                f"weights of version {manifest.version} arrived damaged: checksum {found} "
-                f"of the bucket that starts with {bucket.tensors[0].name}, not {bucket.checksum}"
-            )
-        with warnings.catch_warnings():
-            # The store's memory is read-only, and so is our use of it.
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-            flat = torch.from_numpy(data)
-        for spec in bucket.tensors:
-            raw = flat[spec.offset : spec.offset + spec.bytes]
-            yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
+def receive_weights(
+    manifest: WeightManifest, worker: str = "worker"
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The published tensors, proved bucket by bucket. They are read-only views, good until the
+    iterator ends; `worker` is what the learner calls the reader in its errors.
+
+    Raises `SyncError` that says what is wrong with which version: bytes or a layout that are not
+    what was published, a learner that is gone, or a version that was overwritten by a later one.
+    """
+    buckets = manifest.buckets
+    try:
+        sources = buckets[0].handle.take(manifest.version, buckets, worker) if buckets else ()
+        for index, (bucket, data) in enumerate(zip(buckets, sources, strict=True)):
+            place = Place(manifest.version, index, last=index == len(buckets) - 1)
+            yield from open_bucket(data, bucket.checksum, bucket.tensors, place)
+    except SyncError as error:
+        raise SyncError(f"weights of version {manifest.version}: {error}") from None
 
 
-def adopt_weights(generator: Generator, manifest: WeightManifest, tolerance: float) -> float:
+def adopt_weights(
+    generator: Generator, manifest: WeightManifest, tolerance: float, worker: str = "worker"
+) -> float:
     """Load a published version into `generator` and prove it.
 
     Returns the canary error; raises `SyncError` if it exceeds `tolerance` or the bytes are wrong.
     """
-    generator.load_weights(manifest.version, pull_weights(manifest))
+    tensors = receive_weights(manifest, worker)
+    if manifest.adapter is None:
+        generator.load_weights(manifest.version, tensors)
+    else:
+        _load_adapter(generator, manifest, manifest.adapter, tensors)
+    return prove_weights(generator, manifest, tolerance)
+
+
+def prove_weights(generator: Generator, manifest: WeightManifest, tolerance: float) -> float:
+    """The canary error of the weights that `generator` has. Raises `SyncError` above
+    `tolerance`, and where another version is being served."""
+    served = getattr(generator, "version", manifest.version)
+    if served != manifest.version:
+        raise SyncError(f"the generator serves version {served}, not {manifest.version}")
     error = canary_error(generator.score(manifest.canary.sequences), manifest.canary.logprobs)
     if not error <= tolerance:
         raise SyncError(
@@ -154,6 +166,21 @@ def adopt_weights(generator: Generator, manifest: WeightManifest, tolerance: flo
             f"learner is {error:.3g}, above {tolerance:.3g}"
         )
     return error
+
+
+def _load_adapter(
+    generator: Generator,
+    manifest: WeightManifest,
+    adapter: AdapterSpec,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    load = getattr(generator, "load_adapter", None)
+    if load is None:
+        raise SyncError(
+            f"version {manifest.version} is an adapter, and {type(generator).__name__} serves "
+            "whole weights; set transfer.adapter_only: false"
+        )
+    load(manifest.version, tensors, adapter.rank, adapter.alpha, adapter.targets)
 
 
 def canary_error(own: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
