@@ -1,13 +1,16 @@
-"""The learner group: ranks that update the policy together and publish its versions."""
+"""The learner group: ranks that update the policy together and publish its versions.
+
+What a rank loses, all of them lose: one that died or hung ends the group, which starts again from a
+checkpoint. Who calls applies the steps since then once more, and has the same policy to the bit.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +18,42 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
-from transformers import PreTrainedModel
+from ray.exceptions import RayError
 
-from actors.weights import Canary, WeightManifest, publish_weights
-from raylign.algorithms.catalog import Algorithm, find_algorithm, resolve_coefficients
-from raylign.algorithms.policy import Coefficients
-from raylign.config import AlgorithmConfig, AlignConfig
-from raylign.models.assembly import ModelPlan
-from raylign.models.loading import load_model, load_tokenizer, save_model
-from raylign.records import Trajectory, collate
+from actors.learner_rank import Diverged, LearnerTask, LearnerWorker, resolve_algorithm
+from actors.processes import Process, end_process
+from actors.ranks import LearnerLost, ask_ranks
+from actors.weights import WeightManifest
+from raylign.algorithms.online_preference import select_pairs
+from raylign.config import AlignConfig
+from raylign.records import Trajectory
 from raylign.tracking import Metric, merge
-from raylign.training.balance import plan_micro_batches
-from raylign.training.engine import build_engine
-from raylign.training.policy import PolicyLearner
+from raylign.training.batches import LearnerBatch
+from raylign.training.checkpoints import Event
+from raylign.training.diverged import keep_batch
+from raylign.training.engine import DivergenceError
+from raylign.training.minibatches import Cut, share_out
+from raylign.training.policy import Rates, Whole
+
+log = logging.getLogger(__name__)
 
 CANARY_SEQUENCES = 4
+_PATIENCE_S = 15.0  # for an answer to a ping
+
+Spawn = Callable[[int], ActorHandle]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LearnerTask:
-    """One rank's rows of a step: trajectories, their advantages and loss weights, and how to split
-    them into micro-batches (lists of indices into these rows; every rank has as many)."""
+class Step:
+    """What one update is a function of, besides the version it begins at."""
 
     trajectories: tuple[Trajectory, ...]
-    advantages: tuple[float, ...]
-    weights: tuple[float, ...]
-    micro_batches: tuple[tuple[int, ...], ...]
+    groups: tuple[int, ...]
+    """Group number of each."""
+    lr: float
+    critic_lr: float = 0.0
+    kl_coef: float | None = None
+    """The algorithm's own when not given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,230 +62,201 @@ class LearnerReport:
 
     metrics: dict[str, Metric]
     mismatch_max: float
+    advantages: tuple[float, ...]
+    """Of each trajectory, the mean over its trained tokens; NaN where it was not learned from."""
+    gaps: dict[int, np.ndarray]
+    """float32 [T] of the trajectories of the mismatch sample: learner's minus rollout worker's
+    log-prob at the version that sampled the token, NaN where that is not known."""
     start: float
     end: float
 
 
-def resolve_algorithm(config: AlgorithmConfig) -> tuple[Algorithm, Coefficients]:
-    """The catalog row, and its coefficients with the user's in place of the authors'.
-
-    Raises `ValueError` for an unknown name, and for a key that has no effect with the algorithm.
-    """
-    algorithm = find_algorithm(config.name)
-    given = {
-        key: getattr(config, key)
-        for key in Coefficients.__slots__
-        if getattr(config, key, None) is not None and key not in ("beta", "importance")
-    }
-    said = config.model_fields_set
-    if "beta" in said or algorithm.pairwise:
-        given["beta"] = config.beta
-    if "value" in said and not algorithm.needs_values:
-        raise ValueError(f"value has no effect with {algorithm.name}; leave it out")
-    if algorithm.needs_values:
-        value = config.value
-        given |= {"gamma": value.gamma, "lam": value.lam}
-        given |= {"value_clip": value.clip, "value_coef": value.coef}
-    if "importance" in said:
-        chosen = config.importance.model_dump(exclude_unset=True)
-        given["importance"] = replace(algorithm.coefficients.importance, **chosen)
-    if config.dynamic_sampling is not None:
-        algorithm = replace(algorithm, dynamic_sampling=config.dynamic_sampling)
-    coefficients = resolve_coefficients(algorithm, given)
-    if "kl_horizon" in said and config.kl_target is None:
-        raise ValueError("kl_horizon has no effect without kl_target; leave it out")
-    if config.kl_target is not None and coefficients.kl_coef == 0:
-        raise ValueError("kl_target adapts kl_coef, which is 0; give kl_coef")
-    return algorithm, coefficients
-
-
-class LearnerWorker:
-    """One rank of the learner behind a Ray actor."""
-
-    def __init__(
-        self, rank: int, world_size: int, model: Path, config: AlignConfig, seed: int = 0
-    ) -> None:
-        """seed: of a new adapter's weights, the same on every rank."""
-        self._rank, self._world_size = rank, world_size
-        self._model, self._config, self._seed = model, config, seed
-
-    def address(self) -> str:
-        """Where rank 0 waits for the others."""
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
-
-    def start(self, address: str) -> None:
-        """Join the process group and build the engine. All ranks at once."""
-        config = self._config
-        torch.set_num_threads(config.learner.threads)
-        on_gpu = config.learner.gpus > 0
-        # DeepSpeed wants what a launcher would set; Ray shows each rank its own GPU as number 0.
-        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(self._world_size), LOCAL_RANK="0")
-        torch.distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            init_method=address,
-            rank=self._rank,
-            world_size=self._world_size,
-            timeout=timedelta(seconds=config.engine.timeout_s),
-        )
-        self._tokenizer = load_tokenizer(self._model)
-        policy = self._build_policy()
-        algorithm, coefficients = resolve_algorithm(config.algorithm)
-        history = config.max_staleness if config.mismatch_sample else -1
-        adapted = config.peft != "none"
-        plain = None
-        if not adapted or history >= 0:
-            plain = load_model(self._model, config.engine.dtype)
-        self._learner = PolicyLearner(
-            build_engine(config.engine, policy, config.optimizer),
-            None if adapted else plain,
-            algorithm,
-            coefficients,
-            temperature=config.sampling.temperature or 1.0,
-            history=history,
-            scratch=plain if adapted else None,
-        )
-        self._architecture = policy.config
-
-    def _build_policy(self) -> PreTrainedModel:
-        """The model in training; with an adapter, if it is that which is trained."""
-        config = self._config
-        if config.peft == "none":
-            return load_model(self._model, config.engine.dtype)
-        return ModelPlan(
-            self._model,
-            self._seed,
-            peft=config.peft,
-            adapter=config.adapter,
-            dtype=config.engine.dtype,
-        ).build()
-
-    def update(self, task: LearnerTask, lr: float) -> LearnerReport:
-        """Update on this rank's rows. All ranks at once."""
-        start = time.time()
-        pad = self._tokenizer.pad_token_id
-        mismatch, largest = self._measure_mismatch(task, pad)
-        batches = [
-            collate(
-                [task.trajectories[i] for i in rows],
-                [task.advantages[i] for i in rows],
-                [task.weights[i] for i in rows],
-                pad,
-            )
-            if rows
-            else None
-            for rows in task.micro_batches
-        ]
-        metrics = self._learner.update(batches, lr, self._config.algorithm.updates_per_batch)
-        return LearnerReport(metrics | mismatch, largest, start, time.time())
-
-    def _measure_mismatch(self, task: LearnerTask, pad: int) -> tuple[dict[str, Metric], float]:
-        share = -(-self._config.mismatch_sample // self._world_size)
-        chosen = [t for t in task.trajectories[:share] if t.sampled_tokens]
-        if not chosen:
-            return {}, 0.0
-        return self._learner.measure_mismatch(
-            collate(chosen, np.zeros(len(chosen)), np.zeros(len(chosen)), pad)
-        )
-
-    def publish(self, sequences: Sequence[tuple[int, ...]]) -> WeightManifest | None:
-        """Rank 0's manifest of the current version, with `sequences` as canary. All ranks."""
-        scores = self._learner.score_canary(sequences)
-        if self._rank:
-            return None
-        canary = Canary(tuple(sequences), scores)
-        return publish_weights(self._learner.version, self._learner.weights, canary)
-
-    def save(self, directory: Path) -> None:
-        """Rank 0 writes the policy as a Hugging Face directory."""
-        if self._rank == 0:
-            save_model(self._learner.weights, self._architecture, self._tokenizer, directory)
-
-
 class LearnerGroup:
-    """All ranks, addressed as one. The policy version advances here and nowhere else."""
+    """All ranks, addressed as one. The policy version advances here and nowhere else.
 
-    def __init__(self, workers: Sequence[ActorHandle], config: AlignConfig) -> None:
-        self._workers, self._config = list(workers), config
+    Every call has a deadline, and raises `LearnerLost`, with the rank that is the cause, when the
+    group cannot go on; `restart` is then the only way.
+    """
+
+    def __init__(self, config: Any, spawn: Any, *, seed: int = 0, kept: Path | None = None) -> None:
+        """spawn: makes the actor of a rank, with nothing to be waited for. seed: of minibatches.
+        kept: where batches that diverged are put."""
+        if isinstance(spawn, AlignConfig):  # the order in which the align job gives them
+            config, spawn = spawn, config
+        self._config, self._spawn, self._seed, self._kept = config, spawn, seed, kept
+        self._algorithm, _ = resolve_algorithm(config.algorithm)
         self._canary: tuple[tuple[int, ...], ...] = ()
+        self._workers: list[ActorHandle] = []
+        self.processes: dict[int, Process] = {}
+        self.version = 0
 
-    async def start(self, canary: Sequence[tuple[int, ...]]) -> WeightManifest:
-        """Join the ranks and publish version 0. `canary`: sequences to prove syncs with."""
+    async def start(
+        self, canary: Sequence[tuple[int, ...]], checkpoint: Path | None = None
+    ) -> WeightManifest:
+        """Spawn and join the ranks, go on from a checkpoint if there is one, and publish.
+
+        canary: sequences to prove syncs with. Raises `UserError` for a checkpoint that is damaged
+        or of another model.
+        """
         self._canary = tuple(canary[:CANARY_SEQUENCES])
-        address = await self._workers[0].address.remote()
-        await self._all("start", address)
+        self._workers = [self._spawn(rank) for rank in range(self._config.learner.count)]
+        deadline = self._config.learner.start_deadline_s
+        places = await self._ask("place", deadline_s=deadline)
+        self.processes = {rank: process for rank, (process, _) in enumerate(places)}
+        address = places[0][1]
+        [self.version, *_] = await self._ask("start", address, checkpoint, deadline_s=deadline)
         return await self.publish()
 
+    async def restart(self, checkpoint: Path | None) -> WeightManifest:
+        """End all ranks, and start others from a checkpoint, or from the beginning."""
+        self.stop()
+        return await self.start(self._canary, checkpoint)
+
     async def update(
-        self,
-        trajectories: Sequence[Trajectory],
-        advantages: Sequence[float],
-        weights: Sequence[float],
-        lr: float,
+        self, step: Step | Sequence[Trajectory], *_: Any, lr: float | None = None
     ) -> LearnerReport:
-        """One policy update on the whole batch, split over ranks and micro-batches by tokens."""
-        tasks = self._deal(trajectories, advantages, weights)
-        reports: list[LearnerReport] = await asyncio.gather(
-            *(w.update.remote(task, lr) for w, task in zip(self._workers, tasks, strict=True))
-        )
+        """One update on the whole batch, split over ranks, minibatches and micro-batches.
+
+        Raises `DivergenceError` when a gradient was no number: that optimizer step was taken by no
+        rank, but ones before it may have been, so the group must be restarted.
+        """
+        if not isinstance(step, Step):  # the controller's (trajectories, advantages, weights, lr)
+            step = _make_step(step, _[-1] if lr is None else lr)
+        tasks = self._deal(step)
+        reports = await self._ask("update", each=tasks)
+        if isinstance(reports[0], Diverged):
+            self._refuse(step, reports[0])
+        self.version += 1
+        learned = [report.learned for report in reports]
+        by_row = {row: value for one in learned for row, value in one.advantages.items()}
         return LearnerReport(
-            metrics=merge(report.metrics for report in reports),
-            mismatch_max=max(report.mismatch_max for report in reports),
+            metrics=merge(one.metrics for one in learned),
+            mismatch_max=max(one.mismatch_max for one in learned),
+            advantages=tuple(by_row.get(row, float("nan")) for row in range(len(step.groups))),
+            gaps={row: gap for one in learned for row, gap in sorted(one.gaps.items())},
             start=min(report.start for report in reports),
             end=max(report.end for report in reports),
         )
 
     async def publish(self) -> WeightManifest:
-        """The current version, ready to be pulled."""
-        manifests = await self._all("publish", self._canary)
-        return manifests[0]
+        """The current version, ready to be taken."""
+        [manifest, *_] = await self._ask("publish", self._canary)
+        found: WeightManifest = manifest
+        return found
 
-    async def save(self, directory: Path) -> None:
-        """Write the current policy as a Hugging Face directory."""
-        await self._all("save", directory)
+    async def save(self, root: Path, progress: Mapping[str, Any] | None = None) -> list[Event]:
+        """A checkpoint of the current version below `root`, `step-VERSION`, with `progress` (JSON)
+        in its manifest. Asynchronous ones go on beside the next update. What became of saves since
+        the last call: a failed one raises nothing."""
+        if progress is None:  # the controller's: a plain directory
+            await self._ask("save_model", root)
+            return []
+        [events, *_] = await self._ask("save", root, dict(progress))
+        found: list[Event] = events
+        return found
+
+    async def settle(self) -> list[Event]:
+        """Wait for a save in flight; what became of it."""
+        [events, *_] = await self._ask("settle")
+        found: list[Event] = events
+        return found
+
+    async def export(self, output: Path) -> dict[str, Any]:
+        """Leave `model/` and, of an adapted policy, `adapter/` in `output`, as training stages do;
+        what the summary says of it."""
+        [summary, *_] = await self._ask("export", output)
+        found: dict[str, Any] = summary
+        return found
 
     def stop(self) -> None:
-        """Kill all ranks."""
+        """End all ranks, those that are stopped included."""
         for worker in self._workers:
-            ray.kill(worker)
+            with suppress(RayError):
+                ray.kill(worker)
+        for process in self.processes.values():
+            end_process(process)
+        self._workers, self.processes = [], {}
 
-    def _deal(
-        self,
-        trajectories: Sequence[Trajectory],
-        advantages: Sequence[float],
-        weights: Sequence[float],
-    ) -> list[LearnerTask]:
-        lengths = [len(t.token_ids) for t in trajectories]
-        plans = plan_micro_batches(lengths, len(self._workers), self._config.learner.token_budget)
-        tasks = []
-        for plan in plans:
-            rows = sorted(row for group in plan for row in group)
-            local = {row: index for index, row in enumerate(rows)}
-            tasks.append(
-                LearnerTask(
-                    trajectories=tuple(trajectories[row] for row in rows),
-                    advantages=tuple(advantages[row] for row in rows),
-                    weights=tuple(weights[row] for row in rows),
-                    micro_batches=tuple(tuple(local[row] for row in group) for group in plan),
-                )
-            )
-        return tasks
-
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return await asyncio.gather(
-            *(getattr(worker, method).remote(*arguments) for worker in self._workers)
+    def _deal(self, step: Step) -> list[LearnerTask]:
+        config = self._config
+        rewards = [t.reward for t in step.trajectories]
+        if any(reward is None for reward in rewards):
+            raise ValueError("a trajectory without a reward cannot be learned from")
+        totals = tuple(float(reward) for reward in rewards if reward is not None)
+        pairs = None
+        if self._algorithm.pairwise:
+            pairs = select_pairs(torch.tensor(totals), torch.tensor(step.groups)).tolist()
+        cut = Cut(
+            ranks=len(self._workers),
+            budget=config.learner.token_budget,
+            passes=config.algorithm.updates_per_batch,
+            minibatches=config.algorithm.minibatches,
+            seed=self._seed,
         )
+        lengths = [len(t.token_ids) for t in step.trajectories]
+        whole = Whole(totals, step.groups, tuple(t.sampled_tokens for t in step.trajectories))
+        rates = Rates(step.lr, step.critic_lr, step.kl_coef)
+        return [
+            LearnerTask(tuple(step.trajectories[row] for row in share.rows), share, whole, rates)
+            for share in share_out(lengths, step.groups, cut, self.version, pairs)
+        ]
+
+    def _refuse(self, step: Step, diverged: Diverged) -> None:
+        where = ""
+        if self._kept is not None:
+            numbers = {"lr": step.lr, "critic_lr": step.critic_lr}
+            if step.kl_coef is not None:
+                numbers["kl_coef"] = step.kl_coef
+            batch = LearnerBatch(self.version, step.trajectories, step.groups, numbers)
+            place = keep_batch(self._kept, batch, diverged.rows, diverged.reason)
+            where = f"; its rows are in {place}"
+        raise DivergenceError(f"{diverged.reason}{where}")
+
+    async def _ask(
+        self,
+        method: str,
+        *arguments: Any,
+        each: Sequence[Any] | None = None,
+        deadline_s: float | None = None,
+    ) -> list[Any]:
+        """All ranks' answers; `each`: an argument for each of them."""
+        if not self._workers:
+            raise LearnerLost("was not started, or has ended", 0)
+        own = [(one,) for one in each] if each is not None else [()] * len(self._workers)
+        refs = [
+            getattr(worker, method).remote(*arguments, *more)
+            for worker, more in zip(self._workers, own, strict=True)
+        ]
+        starting = method in ("place", "start")  # loading libraries lets no other thread run
+        return await ask_ranks(
+            refs,
+            method,
+            deadline_s or self._config.learner.deadline_s,
+            None if starting else self._ping,
+            min(_PATIENCE_S, self._config.engine.timeout_s),
+        )
+
+    def _ping(self, rank: int) -> Any:
+        return self._workers[rank].ping.remote()
+
+
+def spawn_learner_worker(
+    rank: int, options: Mapping[str, Any], model: Path, config: AlignConfig, seed: int = 0
+) -> ActorHandle:
+    """Start one rank's actor with the given Ray resources."""
+    actor = ray.remote(concurrency_groups={"health": 1}, **options)(LearnerWorker)
+    return actor.remote(rank, config.learner.count, model, config, seed)
 
 
 def spawn_learner_workers(
     options: Mapping[str, Any], model: Path, config: AlignConfig, seed: int = 0
-) -> list[ActorHandle]:
-    """Start every rank's actor with the given Ray resources."""
-    actor = ray.remote(LearnerWorker).options(**options)
-    return [
-        actor.remote(r, config.learner.count, model, config, seed)
-        for r in range(config.learner.count)
-    ]
+) -> Spawn:
+    """What `LearnerGroup` spawns ranks with."""
+    return partial(spawn_learner_worker, options=options, model=model, config=config, seed=seed)
+
+
+def _make_step(trajectories: Sequence[Trajectory], lr: float) -> Step:
+    names = {
+        name: number for number, name in enumerate(dict.fromkeys(t.group_id for t in trajectories))
+    }
+    return Step(tuple(trajectories), tuple(names[t.group_id] for t in trajectories), lr, lr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,8 @@ class Batch:
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """`function` of every tensor that is there."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{n: None if t is None else function(t) for n, t in found.items()})
+        made: dict[str, Any] = {n: None if t is None else function(t) for n, t in found.items()}
+        return Batch(**made)
 
 
 def collate(

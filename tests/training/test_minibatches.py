@@ -100,3 +100,8 @@ def test_random_batches_are_covered() -> None:
         shares = share_out(lengths, groups, cut, 0)
         found = [r for share in shares for step in share.updates for r in flatten(step)]
         assert sorted(found) == list(range(count))
+
+
+def test_without_pairs_there_is_nothing_to_do() -> None:
+    for share in share_out(LENGTHS, GROUPS, Cut(2, 64), 0, pairs=[]):
+        assert share == Share((), ((),), (), ())

@@ -108,6 +108,8 @@ def _deal(
 def _choose(by_group: Mapping[int, Sequence[int]], cut: Cut, version: int) -> list[list[int]]:
     """Units of each optimizer step; groups are drawn anew in every pass."""
     names = sorted(by_group)
+    if not names:
+        return []  # pairs, and every group ties
     count = min(cut.minibatches, len(names))
     chosen = []
     for number in range(cut.passes):

@@ -1,149 +1,342 @@
-"""One rank's share of a policy update: log-probs, loss, gradients, step, and what it measured.
+"""One rank's share of a policy update: scores, credit, gradients, steps, and what it measured.
 
-The rank does not know which algorithm it runs: advantages and loss weights arrive with the batch,
-and the loss is a row of the catalog.
+The rank knows the algorithm as a row of the catalog and nothing else of it. Advantages are made on
+the ranks, where reference log-probs and values are; what they need of other ranks' rows are sums.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from raylign.algorithms.catalog import Algorithm
+from raylign.algorithms.catalog import Algorithm, needs_reference
+from raylign.algorithms.credit import (
+    apply_whitening,
+    assign_credit,
+    penalise_tokens,
+    whiten_moments,
+)
+from raylign.algorithms.kl import k3
+from raylign.algorithms.masked import masked_sum, sequence_sums
+from raylign.algorithms.online_preference import pair_numbers
 from raylign.algorithms.policy import Coefficients, PolicyInputs
-from raylign.models.adapters import without_adapter
-from raylign.models.logprobs import score_tokens
-from raylign.records import Batch
+from raylign.algorithms.values import explained_variance, value_loss
+from raylign.algorithms.weighting import Weighting, token_weights
+from raylign.records import Batch, Trajectory, collate
 from raylign.tracking import Metric, merge
-from raylign.training.engine import Engine
+from raylign.training.critic import Critic, silence_dropout
+from raylign.training.engine import DivergenceError, Engine
+from raylign.training.minibatches import Share
+from raylign.training.mismatch import find_current_gaps, find_past_gaps, measure_gaps
+from raylign.training.policy_scores import PolicyScores
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a policy learns."""
+
+    algorithm: Algorithm
+    coefficients: Coefficients
+    temperature: float = 1.0
+    """That completions are sampled at."""
+    max_tokens: int = 1
+    """Longest completion; for algorithms of `constant` weighting."""
+    sample: int = 0
+    """First so many rows of a batch whose log-probs are compared with the rollout workers'."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """What every rank is told of all B rows of a batch."""
+
+    rewards: tuple[float, ...]
+    groups: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Sampled tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Numbers that hold for one step."""
+
+    lr: float
+    critic_lr: float = 0.0
+    kl_coef: float | None = None
+    """The algorithm's own when not given."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """What an update measured on a rank."""
+
+    metrics: dict[str, Metric]
+    advantages: dict[int, float]
+    """Mean over the trained tokens of each own row, by its number in the batch."""
+    gaps: dict[int, np.ndarray]
+    """float32 [T] of sampled rows: learner's minus rollout worker's log-prob at the version that
+    sampled the token; NaN where that is not known."""
+
+    @property
+    def mismatch_max(self) -> float:
+        """Largest gap, without its sign."""
+        return max(
+            (float(np.nanmax(np.abs(g), initial=0)) for g in self.gaps.values()), default=0.0
+        )
+
+
+class Divergence(DivergenceError):
+    """The gradient of an optimizer step is no number; that step was taken by no rank."""
+
+    def __init__(self, reason: str, rows: tuple[int, ...]) -> None:
+        """rows: of the batch, that the step was made of."""
+        super().__init__(reason, rows)
+        self.reason, self.rows = reason, rows
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class PolicyLearner:
-    """Engine, frozen reference, and the last few versions of the policy.
-
-    Past versions serve one purpose: to recompute rollout log-probs *at the version that sampled
-    them*, so that a mismatch between rollout and learner is told from ordinary staleness.
-    """
+    """A policy in its engine, and what is needed to judge it."""
 
     def __init__(
         self,
         engine: Engine,
-        reference: torch.nn.Module | None,
-        algorithm: Algorithm,
-        coefficients: Coefficients,
-        *,
-        temperature: float,
-        history: int,
-        scratch: torch.nn.Module | None = None,
+        method: Method,
+        scores: PolicyScores,
+        critic: Critic | None = None,
+        pad: int = 0,
     ) -> None:
-        """`history` past versions are remembered besides the current one; -1 remembers none.
-
-        Without a `reference` the engine's model is adapted, and the reference is that model with
-        its adapter switched off; `scratch` is then a plain model of the same architecture, to put
-        past versions into.
-        """
-        self._engine = engine
-        self._reference = None if reference is None else self._freeze(reference)
-        if history < 0:
-            self._scratch = None
-        elif scratch is not None:
-            self._scratch = self._freeze(scratch)
-        else:
-            assert self._reference is not None, "without a reference, give a scratch model"
-            self._scratch = copy.deepcopy(self._reference)
-        self._algorithm, self._coefficients = algorithm, coefficients
-        self._temperature = temperature
-        self._past: deque[tuple[int, dict[str, torch.Tensor]]] = deque(maxlen=max(1, history + 1))
-        self.weights: dict[str, torch.Tensor] = {}
+        assert method.algorithm.needs_values == (critic is not None), "a critic where it is needed"
+        silence_dropout(engine.lm)
+        engine.module.train()
+        self.engine, self.critic, self.scores = engine, critic, scores
+        self.method, self._pad = method, pad
         self.version = 0
-        self._remember()
 
-    def update(self, batches: Sequence[Batch | None], lr: float, passes: int) -> dict[str, Metric]:
-        """`passes` optimizer steps on the same micro-batches; None stands for an empty one.
+    def update(
+        self, trajectories: Sequence[Trajectory], share: Share, whole: Whole, rates: Rates
+    ) -> Learned:
+        """Learn from a batch of which this rank holds `trajectories`, the rows of its `share`.
 
-        With several passes the old policy is the one at the start, scored once; with one it is the
-        current one, and no extra forward pass is made.
+        The old policy is the one before the first optimizer step. Raises `Divergence` on every
+        rank; steps before that one have been taken, and the learner must be restored.
         """
-        self._engine.module.train()
-        batches = [None if batch is None else batch.to(self._engine.device) for batch in batches]
-        old = [self._score_old(batch) for batch in batches] if passes > 1 else None
-        reference = [self._score_reference(batch) for batch in batches]
-        metrics: list[dict[str, Metric]] = []
-        for _ in range(passes):
-            for index, batch in enumerate(batches):
-                before = old[index] if old is not None else None
-                metrics.append(self._backward(batch, before, reference[index]))
-            norm = self._engine.step(lr)
-            share = 1.0 / self._engine.world_size  # every rank reports the same global norm
-            metrics.append({"grad_norm": Metric(norm * share, share)})
+        step = _Step(self, trajectories, share, whole, rates)
+        step.prepare()
+        self.scores.remember(self.version)
+        metrics = merge(step.learn())
+        gaps = step.compare()
+        metrics |= measure_gaps(gaps, trajectories, share.rows)
+        learned = Learned(metrics | step.measured, step.list_advantages(), gaps)
         self.version += 1
-        self._remember()
-        return merge(metrics)
+        return learned
 
-    def measure_mismatch(self, batch: Batch) -> tuple[dict[str, Metric], float]:
-        """|rollout logprob - own logprob at the same version| over the sampled tokens of `batch`.
+    def restore(self, version: int) -> None:
+        """The engines have been given the state of `version`."""
+        self.version = version
+        self.scores.forget()
 
-        Returns the mean as a metric and the largest. Tokens of versions no longer remembered are
-        left out, and counted as `mismatch/unchecked`.
-        """
-        batch = batch.to(self._engine.device)
-        total, count, largest = 0.0, 0, 0.0
-        for version, weights in self._past:
-            chosen = batch.loss_mask & (batch.versions == version)
-            if bool(chosen.any()):
-                own = self._score_past(weights, batch)
-                gap = (own - batch.behaviour_logprobs)[chosen].abs()
-                total, count = total + float(gap.sum()), count + gap.numel()
-                largest = max(largest, float(gap.max()))
-        unchecked = batch.loss_tokens - count
-        metrics = {
-            "mismatch/mean_abs": Metric(total, count),
-            "mismatch/unchecked": Metric(unchecked, 1),
-        }
-        return metrics, largest
 
-    @torch.no_grad()
-    def score_canary(self, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
-        """float32 [T] each: the current policy's log-probs at temperature 1. Collective."""
-        scores = (score_tokens(self._engine.module, self._tensor(s)) for s in sequences)
-        return tuple(logprobs[0].float().cpu().numpy() for logprobs, _ in scores)
+class _Step:
+    """One update in the making."""
 
-    def _freeze(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model.eval().requires_grad_(False).to(self._engine.device)
+    def __init__(
+        self,
+        learner: PolicyLearner,
+        trajectories: Sequence[Trajectory],
+        share: Share,
+        whole: Whole,
+        rates: Rates,
+    ) -> None:
+        method, self._engine = learner.method, learner.engine
+        self._version, self._scores = learner.version, learner.scores
+        self._critic, self._method = learner.critic, method
+        self._algorithm = method.algorithm
+        self._coefficients = method.coefficients
+        if rates.kl_coef is not None:
+            self._coefficients = replace(method.coefficients, kl_coef=rates.kl_coef)
+        self._share, self._rates, self._whole = share, rates, whole
+        device = self._engine.device
+        nothing = [0.0] * len(trajectories)
+        self._batch = (
+            collate(trajectories, nothing, nothing, learner._pad) if trajectories else _blank()
+        ).to(device)
+        self._trajectories = trajectories
+        self._local = {row: index for index, row in enumerate(share.rows)}
+        self._rewards = torch.tensor(whole.rewards, dtype=torch.float32, device=device)
+        self._groups = torch.tensor(whole.groups, dtype=torch.int64, device=device)
+        self._rows = torch.tensor(share.rows, dtype=torch.int64, device=device)
+        self._pairs: torch.Tensor | None = None
+        if self._algorithm.pairwise:
+            self._pairs = pair_numbers(self._rewards.cpu(), self._groups.cpu())[self._rows.cpu()]
+        self._warming = self._critic is not None and learner.version < self._critic.warmup
+        self.measured: dict[str, Metric] = {}
 
-    def _tensor(self, sequence: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([list(sequence)], device=self._engine.device)
-
-    def _remember(self) -> None:
-        found = self._engine.weights(everywhere=self._scratch is not None)
-        self.weights = {name: t.detach().cpu() for name, t in found.items()}
-        if self._scratch is not None:
-            copies = {name: t.clone() for name, t in self.weights.items()}
-            self._past.append((self.version, copies))
-
-    def _backward(
-        self, batch: Batch | None, old: torch.Tensor | None, reference: torch.Tensor | None
-    ) -> dict[str, Metric]:
-        if batch is None:
-            # Ranks must call backward equally often; this one adds nothing to the gradient.
-            logprobs, _ = score_tokens(self._engine.module, self._tensor((0, 0)))
-            self._engine.backward(logprobs.sum() * 0.0)
-            return {}
-        logprobs, entropy = score_tokens(
-            self._engine.module, batch.tokens, batch.lengths, self._temperature
+    def prepare(self) -> None:
+        """Everything that is computed before the first optimizer step."""
+        coefficients, share = self._coefficients, self._share
+        in_reward = coefficients.kl_coef != 0 and coefficients.kl_in == "reward"
+        referred = needs_reference(self._algorithm, coefficients)
+        old = reference = values = None
+        if in_reward or len(share.updates) > 1 or self._warming:
+            old = self._fill(self._scores.old)
+        if referred:
+            reference = self._fill(self._scores.reference)
+        if self._critic is not None:
+            values = self._fill(self._critic.score)
+        self._batch = replace(
+            self._batch, old_logprobs=old, reference_logprobs=reference, values=values
         )
+        self._assign()
+        sampled = [
+            [self._local[r] for r in rows if r < self._method.sample] for rows in share.scoring
+        ]
+        self._past_gaps = find_past_gaps(
+            self._batch, [rows for rows in sampled if rows], self._scores, self._version
+        )
+        if self._warming and old is not None and reference is not None:
+            total = masked_sum(k3(old, reference), self._batch.loss_mask)
+            self.measured["kl"] = Metric(float(total), float(self._batch.loss_tokens))
+
+    def learn(self) -> Iterator[dict[str, Metric]]:
+        """The optimizer steps, and what each measured."""
+        for micro_batches, members in zip(self._share.updates, self._share.members, strict=True):
+            if not self._warming:
+                yield from self._step_policy(micro_batches, members)
+            if self._critic is not None:
+                yield from self._step_critic(self._critic, micro_batches, members)
+
+    def compare(self) -> dict[int, np.ndarray]:
+        """The gaps of sampled rows; see `Learned`."""
+        current = find_current_gaps(self._batch, self._version)
+        gaps = torch.where(current.isnan(), self._past_gaps, current)
+        return {
+            row: gaps[index, : len(self._trajectories[index].token_ids)].cpu().numpy()
+            for row, index in self._local.items()
+            if row < self._method.sample
+        }
+
+    def list_advantages(self) -> dict[int, float]:
+        """Mean over each row's trained tokens, by the row's number."""
+        batch = self._batch
+        sums = sequence_sums(batch.advantages, batch.loss_mask).tolist()
+        tokens = batch.loss_mask.sum(1).tolist()
+        return {
+            row: total / count if count else 0.0
+            for row, total, count in zip(self._share.rows, sums, tokens, strict=True)
+        }
+
+    def _fill(self, score: Callable[[Batch | None], torch.Tensor | None]) -> torch.Tensor:
+        """[b, T] of all own rows, a micro-batch at a time; every rank as often."""
+        filled = torch.zeros_like(self._batch.behaviour_logprobs)
+        for rows in self._share.scoring:
+            chosen = [self._local[row] for row in rows]
+            found = score(self._batch.select(chosen) if chosen else None)
+            if found is not None and chosen:
+                filled[torch.tensor(chosen, device=filled.device), : found.shape[1]] = found
+        return filled
+
+    def _assign(self) -> None:
+        """Advantages and returns of the own rows."""
+        batch, coefficients = self._batch, self._coefficients
+        mask, kl, kl_sums = batch.loss_mask, None, None
+        if coefficients.kl_coef != 0 and coefficients.kl_in == "reward":
+            assert batch.old_logprobs is not None and batch.reference_logprobs is not None
+            kl = penalise_tokens(batch.old_logprobs, batch.reference_logprobs, mask, coefficients)
+            sums = torch.zeros(len(self._rewards), dtype=torch.float64, device=mask.device)
+            sums[self._rows] = sequence_sums(kl, mask).double()
+            kl_sums = self._engine.sum(sums).to(self._rewards.dtype)
+        advantages, returns = assign_credit(
+            self._algorithm,
+            coefficients,
+            self._rewards,
+            self._groups,
+            mask,
+            self._rows,
+            kl=kl,
+            values=batch.values,
+            kl_sums=kl_sums,
+        )
+        if coefficients.whiten:
+            moments = self._engine.sum(whiten_moments(advantages, mask))
+            advantages = apply_whitening(advantages, mask, moments)
+        self._batch = replace(batch, advantages=advantages.float(), returns=returns)
+        if batch.values is not None and returns is not None:
+            self._explain(batch.values, returns, mask)
+
+    def _explain(self, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> None:
+        """How much of the returns the critic knew."""
+        _, found = value_loss(values, values, returns, mask.float(), None)
+        pairs = torch.stack([torch.stack([t.double(), n.double()]) for t, n in found.values()])
+        totals = self._engine.sum(pairs)
+        means = {
+            name: total / count if count else 0.0
+            for name, (total, count) in zip(found, totals.tolist(), strict=True)
+        }
+        self.measured["value/explained_variance"] = self._same(explained_variance(means))
+
+    def _same(self, value: float) -> Metric:
+        """A number that every rank reports, to be counted once."""
+        share = 1.0 / self._engine.world_size
+        return Metric(value * share, share)
+
+    def _weigh(self, members: Sequence[int], weighting: Weighting) -> Batch:
+        """The own rows with weights that sum to 1 over all ranks' members of an optimizer step."""
+        lengths = [self._whole.lengths[row] for row in members]
+        total = sum(lengths) if weighting == "tokens" else sum(n > 0 for n in lengths)
+        weights = token_weights(
+            self._batch.loss_mask, weighting, max_tokens=self._method.max_tokens, total=float(total)
+        )
+        return replace(self._batch, weights=weights)
+
+    def _step_policy(
+        self, micro_batches: Sequence[Sequence[int]], members: tuple[int, ...]
+    ) -> Iterator[dict[str, Metric]]:
+        weighed = self._weigh(members, self._algorithm.weighting)
+        for rows in micro_batches:
+            chosen = [self._local[row] for row in rows]
+            yield self._backward(weighed.select(chosen) if chosen else None, chosen)
+        yield {"grad_norm": self._take("policy", self._engine, self._rates.lr, members)}
+
+    def _step_critic(
+        self, critic: Critic, micro_batches: Sequence[Sequence[int]], members: tuple[int, ...]
+    ) -> Iterator[dict[str, Metric]]:
+        weighed = self._weigh(members, "tokens")
+        for rows in micro_batches:
+            chosen = [self._local[row] for row in rows]
+            yield critic.backward(weighed.select(chosen) if chosen else None, self._coefficients)
+        norm = self._take("critic", critic.engine, self._rates.critic_lr, members)
+        yield {"value/grad_norm": norm}
+
+    def _take(self, who: str, engine: Engine, lr: float, members: tuple[int, ...]) -> Metric:
+        try:
+            return self._same(engine.step(lr))
+        except DivergenceError as error:
+            reason = f"{who} at version {self._version}: {error}"
+            raise Divergence(reason, members) from None
+
+    def _backward(self, batch: Batch | None, chosen: Sequence[int]) -> dict[str, Metric]:
+        if batch is None:
+            self._scores.backward_nothing()
+            return {}
+        found = self._scores.own(batch)
+        assert found is not None
+        logprobs, entropy = found
+        if batch.old_logprobs is None and self._method.sample:
+            self._keep_old(logprobs.detach(), chosen)
         inputs = PolicyInputs(
             logprobs=logprobs,
             entropy=entropy,
-            old_logprobs=logprobs.detach() if old is None else old,
+            old_logprobs=logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs,
             behaviour_logprobs=batch.behaviour_logprobs,
-            reference_logprobs=reference,
+            reference_logprobs=batch.reference_logprobs,
             advantages=batch.advantages,
             weights=batch.weights,
+            pairs=None if self._pairs is None else self._pairs[list(chosen)].to(logprobs.device),
         )
         loss, metrics = self._algorithm.loss(inputs, self._coefficients)
         self._engine.backward(loss)
@@ -151,34 +344,26 @@ class PolicyLearner:
             name: Metric(float(total), float(count)) for name, (total, count) in metrics.items()
         }
 
-    @torch.no_grad()
-    def _score_old(self, batch: Batch | None) -> torch.Tensor | None:
-        return self._score_engine(batch)
+    def _keep_old(self, logprobs: torch.Tensor, chosen: Sequence[int]) -> None:
+        """With one optimizer step its own forward pass is that of the old policy."""
+        if self._batch.old_logprobs is None:
+            empty = torch.zeros_like(self._batch.behaviour_logprobs)
+            self._batch = replace(self._batch, old_logprobs=empty)
+        assert self._batch.old_logprobs is not None
+        rows = torch.tensor(list(chosen), device=logprobs.device)
+        self._batch.old_logprobs[rows, : logprobs.shape[1]] = logprobs
 
-    @torch.no_grad()
-    def _score_reference(self, batch: Batch | None) -> torch.Tensor | None:
-        if self._coefficients.kl_coef == 0:
-            return None
-        if self._reference is None:
-            with without_adapter(self._engine.lm):
-                return self._score_engine(batch)
-        if batch is None:
-            return None
-        scores = score_tokens(self._reference, batch.tokens, batch.lengths, self._temperature)
-        return scores[0]
 
-    def _score_engine(self, batch: Batch | None) -> torch.Tensor | None:
-        """Ranks that share the weights must call the model equally often, batch or none."""
-        if batch is None:
-            score_tokens(self._engine.module, self._tensor((0, 0)))
-            return None
-        return score_tokens(self._engine.module, batch.tokens, batch.lengths, self._temperature)[0]
-
-    @torch.no_grad()
-    def _score_past(self, weights: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Log-probs [B, T] under remembered weights, in a module kept for that."""
-        assert self._scratch is not None
-        own = dict(self._scratch.named_parameters())
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
-        return score_tokens(self._scratch, batch.tokens, batch.lengths, self._temperature)[0]
+def _blank() -> Batch:
+    """The batch of a rank without rows."""
+    empty = torch.zeros((0, 1))
+    return Batch(
+        tokens=empty.long(),
+        lengths=torch.zeros(0, dtype=torch.int64),
+        loss_mask=empty.bool(),
+        behaviour_logprobs=empty,
+        versions=empty.int(),
+        advantages=empty,
+        weights=empty,
+        rewards=empty,
+    )
