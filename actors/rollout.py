@@ -145,6 +145,7 @@ class RolloutWorker:
             wanted = [errand for errand in errands if errand.key not in self._unwanted]
             for errand in errands:
                 if errand.key in self._unwanted:
+                    self._unwanted.discard(errand.key)
                     self._done.put(Answer(errand.key, taken_back=errand.begun))
             futures = self._loop.submit([self._to_request(errand) for errand in wanted], ordered)
             self._open |= {e.key: future for e, future in zip(wanted, futures, strict=True)}
@@ -182,7 +183,8 @@ class RolloutWorker:
         """Pull, load and prove a policy version; generation goes on under it, or, to `restart`,
         begins again."""
         start = time.time()
-        error = self._loop.call(lambda g: adopt_weights(g, manifest, tolerance), restart).result()
+        load = partial(adopt_weights, manifest=manifest, tolerance=tolerance, worker=self._name)
+        error = self._loop.call(load, restart).result()
         return SyncProof(manifest.version, manifest.checksum, error, start, time.time())
 
     def _to_request(self, errand: Errand) -> Request:

@@ -34,6 +34,9 @@ class Work:
     """Workers that were lost or late with it, and how."""
     since: float = 0.0
     """When a worker got it (monotonic seconds)."""
+    holder: Member | None = None
+    """The worker that has it, and what it calls it there."""
+    key: str = ""
 
     @property
     def floor(self) -> int:
@@ -86,7 +89,7 @@ class Member:
         self.name, self.number, self._handle = name, number, handle
         self.optional = optional
         """Whether the run goes on without it if it does not come to serve."""
-        self.born: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.born: asyncio.Future[str] = asyncio.Future()
         """Its name, or that of its successor, once that serves."""
         self.version = -1
         """Last version proved; -1 before the first proof."""
@@ -122,10 +125,10 @@ class Member:
             self.parcel = parcel
         for work in parcel.works:
             work.since = now
-            key = str(next(self._keys))
-            self.work[key] = work
+            work.holder, work.key = self, str(next(self._keys))
+            self.work[work.key] = work
             self.load += work.request.count
-            self._outbox.append(Errand(key, work.request, work.begun))
+            self._outbox.append(Errand(work.key, work.request, work.begun))
 
     def take(self, key: str) -> Work | None:
         """A work that is no longer its own."""
@@ -133,6 +136,8 @@ class Member:
         self._late.discard(key)
         if work is not None:
             self.load -= work.request.count
+            if work.holder is self and work.key == key:
+                work.holder = None
         if not self.work:
             self.parcel = None
         return work
@@ -161,7 +166,9 @@ class Member:
         try:
             await asyncio.wait_for(self._handle.ping.remote(), deadline_s)
         except TimeoutError:
-            raise Stalled(f"not started within {deadline_s:g} s") from None
+            raise Stalled(
+                f"not started within {deadline_s:g} s; is there room for it in the cluster?"
+            ) from None
 
     async def adopt(
         self, manifest: WeightManifest, tolerance: float, restart: bool, deadline_s: float

@@ -44,22 +44,24 @@ class RolloutPool:
         spawn: Callable[[str], ActorHandle],
         on_sync: Callable[[str, SyncProof], None],
         *,
+        role: str = "rollout",
         in_flight: Literal["continue", "restart"] = "continue",
         transfer_deadline_s: float = TransferConfig().deadline_s,
         on_change: Listener = _ignore,
     ) -> None:
-        """`spawn` starts a worker of the given name; `on_sync` hears of every proved sync, and
-        `on_change` of every worker that is `started`, `serves`, is `lost` or `removed`, and why."""
+        """`spawn` starts a worker of the given name, which begins with `role`; `on_sync` hears of
+        every proved sync, and `on_change` of every worker that is `started`, `serves`, is `lost` or
+        `removed`, and why."""
         self._config, self._spawn, self._on_sync = config, spawn, on_sync
         self._restart, self._transfer_deadline_s = in_flight == "restart", transfer_deadline_s
-        self._on_change = on_change
+        self._on_change, self._role = on_change, role
         self._members: dict[str, Member] = {}
         self._born = self._target = 0
         self._manifest: WeightManifest | None = None
         self._queue = RolloutQueue(config.max_sequences, config.attempts)
         self._placing = False
         self._scaling = asyncio.Lock()
-        self._budget = Budget("rollout worker", config.max_restarts)
+        self._budget = Budget(f"{role} worker", config.max_restarts)
         self._fatal: BaseException | None = None
         self._signal = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -128,7 +130,7 @@ class RolloutPool:
         Raises `UserError` for less than one worker, or when newcomers do not come to serve.
         """
         if count < 1:
-            raise UserError(f"rollouts={count}: at least 1 worker must stay")
+            raise UserError(f"{self._role}s={count}: at least 1 worker must stay")
         async with self._scaling:
             before, self._target = len(self.names), count
             if count > before:
@@ -137,8 +139,8 @@ class RolloutPool:
                 errors = [str(error) for error in found if isinstance(error, BaseException)]
                 if errors:
                     raise UserError(
-                        f"rollouts={count}: {len(errors)} of {len(found)} new workers did not come "
-                        f"to serve, {len(self.names)} do ({errors[0]})"
+                        f"{self._role}s={count}: {len(errors)} of {len(found)} new workers did not "
+                        f"come to serve, {len(self.names)} do ({errors[0]})"
                     )
             else:
                 able = [m for m in self._members.values() if not m.draining]
@@ -153,7 +155,7 @@ class RolloutPool:
             try:
                 await self.scale(count)
             except (UserError, BudgetSpent) as error:
-                log.warning("scaling rollout workers: %s", error)
+                log.warning("scaling %s workers: %s", self._role, error)
 
         self._launch(attempt())
 
@@ -169,7 +171,7 @@ class RolloutPool:
         async with self._scaling:
             member = self._members[name]
             if len(self.names) < 2:
-                raise UserError(f"{name} is the last rollout worker; at least 1 must stay")
+                raise UserError(f"{name} is the last {self._role} worker; at least 1 must stay")
             self._target -= 1
             await self._drain(member)
 
@@ -196,7 +198,7 @@ class RolloutPool:
         """Start a worker, or the successor of one, which `born` waits for."""
         if self._fatal is not None:
             raise self._fatal
-        name = f"rollout-{self._born}"
+        name = f"{self._role}-{self._born}"
         member = Member(name, self._born, self._spawn(name), optional)
         if born is not None:
             member.born = born
@@ -311,12 +313,8 @@ class RolloutPool:
 
     def _forget(self, work: Work) -> None:
         """Stop sampling what nobody waits for any longer."""
-        if not work.future.cancelled():
-            return
-        for member in self._members.values():
-            keys = [key for key, own in member.work.items() if own is work]
-            if keys:
-                self._launch(self._withdraw(member, keys))
+        if work.future.cancelled() and work.holder is not None:
+            self._launch(self._withdraw(work.holder, [work.key]))
 
     def _place_soon(self) -> None:
         """Once for all that happens in this turn of the event loop."""

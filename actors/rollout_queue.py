@@ -27,7 +27,7 @@ class RolloutQueue:
 
     def accept(self, request: RolloutRequest) -> Work:
         """A request, still to be put in a parcel."""
-        return Work(request, asyncio.get_running_loop().create_future())
+        return Work(request, asyncio.Future())
 
     def add(self, parcel: Parcel) -> None:
         """Wait behind the others."""

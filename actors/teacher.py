@@ -19,7 +19,7 @@ import ray
 
 from actors.rollout import RolloutWorker
 from actors.rollout_pool import RolloutPool
-from actors.supervision import BudgetSpent
+from actors.supervision import BudgetSpent, PromptLost
 from actors.weights import Canary, SyncProof, WeightManifest
 from raylign.config import RolloutConfig, UserError
 from raylign.data.synthesis.answers import Answer
@@ -116,7 +116,7 @@ class TeacherPool:
                         answer = await pending
                         waiting.popleft()
                         yield request, answer
-        except BudgetSpent as error:
+        except (BudgetSpent, PromptLost) as error:
             raise UserError(
                 f"{self._key}: {error}; see its worker's log, and check model and memory"
             ) from None

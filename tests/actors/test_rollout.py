@@ -66,7 +66,9 @@ def listen(worker: RolloutWorker, wanted: int) -> dict[str, Answer]:
 
 
 def request(count: int = 2, prompt: Prompt = PROMPT, **changes: Any) -> RolloutRequest:
-    return RolloutRequest(prompt, "g", Sampling(**({"max_tokens": 6, "seed": 1} | changes)), count, 0)
+    return RolloutRequest(
+        prompt, "g", Sampling(**({"max_tokens": 6, "seed": 1} | changes)), count, 0
+    )
 
 
 def trajectories_of(answer: Answer) -> tuple[Trajectory, ...]:
