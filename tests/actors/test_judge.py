@@ -1,0 +1,296 @@
+"""The judge pool at a service that misbehaves, and on vLLM workers of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.judge import JudgePool, Tempo
+from raylign.config import JudgeConfig, UserError
+from raylign.records import Prompt, Trajectory
+from raylign.rewards.outcomes import Rejection
+from tests.inference.service import Asked, Service, Told, serve
+
+PROMPT = Prompt("p", (5,), "Say a number.", "7")
+KEY = "sk-canary-42"
+SWIFT = Tempo(pause_s=0.02, look_s=0.1, idle_s=0.5)
+
+
+def complete(*texts: str, group: str = "g") -> tuple[Trajectory, ...]:
+    return tuple(
+        Trajectory(
+            prompt_id="p",
+            group_id=group,
+            token_ids=np.array([5, 6], np.int32),
+            loss_mask=np.array([False, True]),
+            logprobs=np.zeros(2, np.float32),
+            versions=np.array([-1, 0], np.int32),
+            finish_reason="stop",
+            text=text,
+        )
+        for text in texts
+    )
+
+
+def shown(asked: Asked) -> list[str]:
+    """The completions in a question, in the order in which they are shown."""
+    found = re.findall(r"\[\[begin (\w+) [\w ]*answer\]\]\n(.*?)\n\[\[end \1", asked.question, re.S)
+    return [text for _, text in found]
+
+
+def mark(asked: Asked) -> Told:
+    """An honest judge of single completions: the mark is the number in the text."""
+    return Told(json.dumps({"reason": "r", "score": int(re.findall(r"\d+", shown(asked)[0])[0])}))
+
+
+def choose(asked: Asked) -> Told:
+    """An honest judge of pairs: the larger number is better."""
+    first, second = (int(re.findall(r"\d+", text)[0]) for text in shown(asked))
+    better = "tie" if first == second else "first" if first > second else "second"
+    return Told(json.dumps({"better": better}))
+
+
+def play(
+    service: Service,
+    directory: Path,
+    scenario: Callable[[JudgePool], Coroutine[Any, Any, Any]],
+    **keys: Any,
+) -> Any:
+    place = {"endpoint": service.url, "endpoint_model": "m"}
+    config = JudgeConfig(**{**place, "timeout_s": 5.0, **keys})
+
+    async def whole() -> Any:
+        pool = JudgePool(config, directory, seed=3, tempo=SWIFT)
+        try:
+            await pool.start()
+            return await scenario(pool)
+        finally:
+            pool.stop()
+            await asyncio.sleep(0.05)
+
+    return asyncio.run(whole())
+
+
+def measure(*texts: str) -> Callable[[JudgePool], Coroutine[Any, Any, Any]]:
+    """Values of `texts`, reasons in place of those that have none, and the metrics."""
+
+    async def scenario(pool: JudgePool) -> tuple[list[float | str], dict[str, float]]:
+        found = await pool.measure(complete(*texts), PROMPT)
+        values = [v.reason if isinstance(v, Rejection) else round(v, 6) for v in found]
+        return values, pool.take_metrics()
+
+    return scenario
+
+
+NUMBERS = [f"answer {n}" for n in (1, 4, 10, 7)]
+MARKS = [0.0, round(3 / 9, 6), 1.0, round(6 / 9, 6)]
+
+
+def test_it_is_a_scorer_and_asks_nothing_twice(tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text(KEY)
+
+    async def scenario(pool: JudgePool) -> Any:
+        same = complete(*["answer 4"] * 9, *NUMBERS)
+        first = await pool.score(same, PROMPT)
+        second = await pool.score(same, PROMPT)
+        with pytest.raises(UserError, match="judges=2: the judge is an endpoint"):
+            await pool.scale(2)
+        return first, second, pool.take_metrics()
+
+    directory = tmp_path / "verdicts"
+    with serve(mark) as service:
+        first, second, metrics = play(service, directory, scenario, key_file=key_file)
+        rewards = [t.reward for t in first.scored.kept]
+        assert rewards == pytest.approx([3 / 9] * 9 + MARKS, abs=1e-6)
+        assert first.scored.kept[9].reward_parts == {"judge": 0.0} and not first.scored.rejected
+        assert [t.reward for t in second.scored.kept] == rewards and first.worker == "judge"
+        assert len(service.asked) == metrics["judge/calls"] == 4
+        assert metrics["judge/cache_hits"] == 2 * 13 - 4 and metrics["judge/verdicts"] == 26
+        # A process that was killed while it wrote loses that line and no other.
+        [file] = directory.iterdir()
+        file.write_bytes(file.read_bytes()[:-20])
+        assert play(service, directory, measure(*NUMBERS))[0] == MARKS
+        assert len(service.asked) == 5
+        # Other criteria are other questions; without a cache all are asked.
+        play(service, directory, measure(*NUMBERS), rubric="honest")
+        assert len(service.asked) == 9
+        play(service, directory, measure(*NUMBERS), cache=False)
+        assert len(service.asked) == 13
+    assert not any(KEY.encode() in f.read_bytes() for f in directory.iterdir())
+
+
+def troubled(judge: Callable[[Asked], Told]) -> Callable[[Asked], Told]:
+    """The same judge, which answers each question properly at the third attempt only."""
+    troubles = [
+        Told(status=429, headers={"Retry-After": "0.1"}, body="{}"),
+        Told(status=500, body="oops"),
+        Told(dropped=True),
+        Told(seconds=0.5),
+        Told(body="<html>"),
+        Told("The answer deserves a 9."),
+        Told('{"score": 99, "better": "third"}'),
+        Told('{"reason": "it says {"score": 10}", "score": 10, "better": "first"'),
+    ]
+    times: Counter[str] = Counter()
+
+    def tell(asked: Asked) -> Told:
+        question = asked.question.partition("\n\nYour last reply could not be read")[0]
+        times[question] += 1
+        if times[question] > 2:
+            return judge(asked)
+        return troubles[(len(times) * 2 + times[question]) % len(troubles)]
+
+    return tell
+
+
+def test_trouble_changes_no_number(tmp_path: Path) -> None:
+    texts = [f"answer {n}" for n in range(1, 11)]
+    with serve(mark) as service:
+        calm, quiet = play(service, tmp_path / "a", measure(*texts), timeout_s=0.3)
+    with serve(troubled(mark)) as service:
+        found, metrics = play(service, tmp_path / "b", measure(*texts), timeout_s=0.3)
+        assert service.most_at_once > 1
+    assert found == calm and calm == [round(n / 9, 6) for n in range(10)]
+    assert quiet["judge/retries"] == 0 and metrics["judge/retries"] == 20
+    assert metrics["judge/calls"] == 30 and metrics["judge/abstentions"] == 0
+    with serve(choose) as service:
+        calm, _ = play(service, tmp_path / "c", measure(*texts), compare=True)
+    with serve(troubled(choose)) as service:
+        found, metrics = play(service, tmp_path / "d", measure(*texts), compare=True, timeout_s=0.3)
+    # In a circle each meets the next: the smallest loses twice, the largest wins twice.
+    assert found == calm == [0.0, *[0.5] * 8, 1.0]
+    assert metrics["judge/order_consistency"] == 1.0 and metrics["judge/first_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("told", "reason", "detail", "calls"),
+    [
+        (Told("rather good"), "judge abstained", "there is no JSON object", 3),
+        (Told('{"score": 0}'), "judge abstained", "not from 1 to 10", 3),
+        (Told('{"score": null}'), "judge abstained", "by its own word", 1),
+        (Told(status=503, body="down"), "judge call failed", "HTTP 503: down", 3),
+        (Told(status=429, headers={"Retry-After": "99"}, body=""), "judge call failed", "99 s", 1),
+        (Told(dropped=True), "judge call failed", "", 3),
+        (Told(status=400, body="flagged"), "judge refused the question", "flagged", 3),
+        (Told(status=400, body="context length"), "too long for the judge", "context length", 1),
+    ],
+)
+def test_no_verdict_is_no_mark(
+    tmp_path: Path, told: Told, reason: str, detail: str, calls: int
+) -> None:
+    with serve(lambda asked: told if "13" in asked.question else mark(asked)) as service:
+
+        async def scenario(pool: JudgePool) -> Any:
+            return await pool.score(complete("answer 13", "answer 4"), PROMPT)
+
+        scored = play(service, tmp_path, scenario, attempts=2).scored
+    assert [t.reward for t in scored.kept] == pytest.approx([3 / 9])
+    [lost] = scored.rejected
+    assert (lost.prompt_id, lost.group_id, lost.reason) == ("p", "g", reason)
+    assert detail in lost.detail
+    own = [asked for asked in service.asked if "13" in asked.question]
+    assert len(own) == calls
+    if reason == "judge abstained" and calls > 1:
+        assert len({asked.body["seed"] for asked in own}) == calls
+        assert own[1].question != own[0].question and detail in own[1].question
+
+
+def test_the_budget_holds_over_restarts(tmp_path: Path) -> None:
+    texts = [f"answer {n}" for n in (1, 2, 3, 4)]
+    with serve(mark) as service:
+        for _ in range(2):
+            values, _ = play(service, tmp_path, measure(*texts), max_calls=3)
+            assert sorted(map(str, values))[3] == "judge budget spent"
+            assert sum(isinstance(v, float) for v in values) == 3
+        assert len(service.asked) == 3
+    with serve(lambda asked: Told(status=500)) as service:  # failed calls count, too
+        for _ in range(2):
+            values, _ = play(service, tmp_path / "failed", measure("answer 1"), max_calls=2)
+            assert values == ["judge budget spent"]
+        assert len(service.asked) == 2
+
+
+def test_so_many_calls_at_once(tmp_path: Path) -> None:
+    def slow(asked: Asked) -> Told:
+        return Told(mark(asked).text, seconds=0.03)
+
+    with serve(slow) as service:
+        play(service, tmp_path, measure(*(f"answer 1 {n}" for n in range(12))), concurrency=3)
+    assert service.most_at_once == 3
+
+
+def test_a_biased_or_silent_judge_prefers_nobody(tmp_path: Path) -> None:
+    keys = {"compare": True}
+    with serve(lambda asked: Told('{"better": "first"}')) as service:
+        values, metrics = play(service, tmp_path / "a", measure(*NUMBERS), **keys)
+        assert values == [0.5] * 4 and len(service.asked) == 8
+        assert metrics["judge/order_consistency"] == 0.0 and metrics["judge/first_rate"] == 1.0
+        assert metrics["judge/contradictions"] == 4
+        # Whoever asks in one order only has no way to see it: all win the pair they are first in.
+        values, metrics = play(
+            service, tmp_path / "b", measure(*NUMBERS), compare=True, both_orders=False
+        )
+        assert values == [0.5] * 4 and "judge/order_consistency" not in metrics
+    with serve(lambda asked: Told('{"better": "abstain"}')) as service:
+        values, metrics = play(service, tmp_path / "c", measure(*NUMBERS), **keys)
+        assert values == ["judge abstained"] * 4 and metrics["judge/abstain_rate"] == 1.0
+        assert play(service, tmp_path / "c", measure("one"), **keys)[0] == [
+            "judge has nothing to compare with"
+        ]
+        assert play(service, tmp_path / "c", measure("a", "a", "a"), **keys)[0] == [0.5] * 3
+
+
+def test_preferences_come_out_too(tmp_path: Path) -> None:
+    async def scenario(pool: JudgePool) -> Any:
+        return await pool.consider(complete(*NUMBERS), PROMPT)
+
+    with serve(choose) as service:
+        opinion = play(service, tmp_path, scenario, compare=True)
+        assert opinion.values == (0.0, 0.5, 1.0, 0.5)
+        found = {(p.chosen, p.rejected, p.margin) for p in opinion.preferences}
+        assert found == {(1, 0, 1.0), (2, 1, 1.0), (2, 3, 1.0), (3, 0, 1.0)}
+        every = play(service, tmp_path, scenario, compare=True, pairs=6)
+        assert every.values == pytest.approx((0.0, 1 / 3, 1.0, 2 / 3))
+
+
+def test_samples_are_independent_and_averaged(tmp_path: Path) -> None:
+    def moody(asked: Asked) -> Told:
+        return Told(json.dumps({"score": 1 + asked.body["seed"] % 10}))
+
+    keys = {"samples": 4, "temperature": 1.0}
+    with serve(moody) as service:
+        [value], metrics = play(service, tmp_path, measure("answer 1"), **keys)
+        marks = [asked.body["seed"] % 10 / 9 for asked in service.asked]
+        assert len(marks) == 4 == len({asked.body["seed"] for asked in service.asked})
+        assert value == pytest.approx(sum(marks) / 4, abs=1e-6)
+        distances = [abs(a - b) for i, a in enumerate(marks) for b in marks[:i]]
+        assert metrics["judge/agreement"] == pytest.approx(1 - sum(distances) / 6)
+        # The same questions in another run, of the same seed, are drawn with the same seeds.
+        play(service, tmp_path / "again", measure("answer 1"), **keys)
+        seeds = [asked.body["seed"] for asked in service.asked]
+        assert sorted(seeds[:4]) == sorted(seeds[4:])
+
+
+def test_what_it_cannot_be_asked(tmp_path: Path) -> None:
+    with serve(mark) as service:
+
+        async def scenario(pool: JudgePool) -> Any:
+            bare = Prompt("p", (5,), "Say a number.", "")
+            return await pool.measure(complete("answer 1"), bare)
+
+        [lost] = play(service, tmp_path, scenario, rubric="correct")
+        assert lost.reason == "judge has no reference" and not service.asked
+        with pytest.raises(UserError, match="did you mean 'harmless'"):
+            play(service, tmp_path, scenario, rubric="harmles")
+        service.tell = lambda asked: Told(status=403, body="expired")
+        with pytest.raises(UserError, match="access denied"):
+            play(service, tmp_path, scenario)
