@@ -241,11 +241,16 @@ class LearnerGroup:
 
 
 def spawn_learner_worker(
-    rank: int, options: Mapping[str, Any], model: Path, config: AlignConfig, seed: int = 0
+    rank: int,
+    options: Mapping[str, Any],
+    model: Path,
+    config: AlignConfig,
+    seed: int = 0,
+    transport: str = "object_store",
 ) -> ActorHandle:
-    """Start one rank's actor with the given Ray resources."""
+    """Start one rank's actor with the given Ray resources; the rest as `LearnerWorker`."""
     actor = ray.remote(concurrency_groups={"health": 1}, **options)(LearnerWorker)
-    return actor.remote(rank, config.learner.count, model, config, seed)
+    return actor.remote(rank, config.learner.count, model, config, seed, transport)
 
 
 def spawn_learner_workers(

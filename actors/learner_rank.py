@@ -15,7 +15,13 @@ import torch
 
 from actors.processes import Process, describe_process
 from actors.transports import Transport
-from actors.weights import AdapterSpec, Canary, WeightManifest, publish_weights
+from actors.weights import (
+    AdapterSpec,
+    Canary,
+    WeightManifest,
+    build_transport,
+    publish_weights,
+)
 from raylign.algorithms.catalog import (
     Algorithm,
     find_algorithm,
@@ -107,11 +113,19 @@ class LearnerWorker:
     """One rank. Calls go to all ranks at once, but for `place` and `ping`."""
 
     def __init__(
-        self, rank: int, world_size: int, model: Path, config: AlignConfig, seed: int = 0
+        self,
+        rank: int,
+        world_size: int,
+        model: Path,
+        config: AlignConfig,
+        seed: int = 0,
+        transport: str = "object_store",
     ) -> None:
-        """seed: of new weights, such as an adapter's, the same on every rank."""
+        """seed: of new weights, such as an adapter's, the same on every rank. transport: that
+        weights are published through; see `actors.transports.choose_transport`."""
         self._rank, self._world_size = rank, world_size
         self._model, self._config, self._seed = model, config, seed
+        self._transport_name = transport
         self._transport: Transport | None = None
 
     def place(self) -> tuple[Process, str]:
@@ -142,6 +156,13 @@ class LearnerWorker:
             timeout=timedelta(seconds=config.engine.timeout_s),
         )
         self._tokenizer = load_tokenizer(self._model)
+        if self._rank == 0:
+            self._transport = build_transport(
+                self._transport_name,
+                host=ray.util.get_node_ip_address(),
+                on_card=on_gpu,
+                deadline_s=config.transfer.deadline_s,
+            )
         self._build()
         if checkpoint is not None:
             self._state.restore(checkpoint)

@@ -69,22 +69,20 @@ def send_beside(buckets: Iterator[list[Named]], send: Callable[[Iterator[Named]]
     """What `send` makes of all tensors, in a thread that takes buckets as they come; this thread,
     in which collectives belong, makes them. What either raises is raised."""
     ready: queue.Queue[list[Named] | None] = queue.Queue(_AHEAD)
-    gone: list[BaseException] = []
+    complete = False
 
     def take() -> Iterator[Named]:
         while (bucket := ready.get()) is not None:
             yield from bucket
-        if gone:
-            raise RuntimeError("the weights could not be gathered") from gone[0]
+        if not complete:  # or half of the weights would be taken for all of them
+            raise RuntimeError("the weights could not be gathered")
 
     with ThreadPoolExecutor(1, thread_name_prefix="publish") as pool:
         future = pool.submit(lambda: send(take()))
         try:
             for bucket in buckets:
                 _put(ready, bucket, future)
-        except BaseException as error:
-            gone.append(error)
-            raise
+            complete = True
         finally:
             _put(ready, None, future)
         return future.result()
