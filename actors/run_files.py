@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from actors.ledger import NOTHING_SETTLED
 from raylign.run import write_json
 from raylign.training.batches import BatchFiles, LearnerBatch, read_batch, write_batch
 from raylign.training.checkpoints import (
+    DamageError,
     Event,
     find_newest,
     list_checkpoints,
-    name_step,
     read_manifest,
 )
 from raylign.training.loop import CHECKPOINTS
@@ -76,27 +77,36 @@ class RunFiles:
         path, step, progress = None, 0, {}
         if found is not None:
             path, checkpoint = found
-            step, progress = checkpoint.step, checkpoint.progress
+            progress = checkpoint.progress
+            step = progress["step"]
         return Start(path, step, progress, self.batches.read_from(step), branch, events)
 
     def last_good(self, before: int) -> int:
         """Step of the newest checkpoint made at or before step `before`; 0 is the beginning."""
-        steps = map(_read_step, list_checkpoints(self.checkpoints))
-        return max((step for step in steps if step <= before), default=0)
+        return max((step for step in self._steps().values() if step <= before), default=0)
 
     def settled_at(self, step: int) -> dict[str, Any]:
         """The books as the checkpoint of `step` has them."""
-        if step == 0:
-            return dict(NOTHING_SETTLED)
-        books: dict[str, Any] = read_manifest(self.checkpoints / name_step(step)).progress["ledger"]
-        return books
+        for path, made in self._steps().items():
+            if made == step:
+                books: dict[str, Any] = read_manifest(path).progress["ledger"]
+                return books
+        return dict(NOTHING_SETTLED)
 
     def forget_covered(self) -> None:
         """Remove batches that the oldest checkpoint covers. Those between two checkpoints stay: if
         the newer one is damaged, nothing is lost."""
-        steps = list(map(_read_step, list_checkpoints(self.checkpoints)))
-        if steps:
-            self.batches.remove_below(min(steps))
+        if steps := self._steps():
+            self.batches.remove_below(min(steps.values()))
+
+    def _steps(self) -> dict[Path, int]:
+        """The step that each checkpoint was made after; its name is its policy version. One whose
+        manifest cannot be read is left to `find_newest`."""
+        found = {}
+        for path in list_checkpoints(self.checkpoints):
+            with suppress(DamageError):
+                found[path] = int(read_manifest(path).progress["step"])
+        return found
 
     def roll_back(self, step: int, branch: Branch) -> None:
         """Forget everything after `step`. The branch is written first: were this killed midway,
@@ -106,8 +116,8 @@ class RunFiles:
 
     def forget_after(self, step: int) -> None:
         """Remove checkpoints after `step`, batches and groups from it on."""
-        for path in list_checkpoints(self.checkpoints):
-            if _read_step(path) > step:
+        for path, made in self._steps().items():
+            if made > step:
                 os.rename(path, path.with_name(f"rolled-back-{path.name}"))
         self.batches.remove_from(step)
         for file in self._groups.glob("*.safetensors"):
@@ -151,10 +161,6 @@ class RunFiles:
 
     def _file(self, request: str) -> Path:
         return self._groups / f"{request.replace('/', '-')}.safetensors"
-
-
-def _read_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def next_branch(branch: Branch, version: int, step: int, undone: int) -> Branch:

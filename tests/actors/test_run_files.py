@@ -15,7 +15,9 @@ def save(files: RunFiles, step: int) -> None:
     """A checkpoint without a learner."""
     draft = files.checkpoints / f".{name_step(step)}.partial"
     draft.mkdir(parents=True)
-    commit(draft, files.checkpoints, Checkpoint(step, {}, {"step": step}, 1, {}))
+    books = {"trained": 10 * step, "dropped": {}}
+    progress = {"step": step, "ledger": books}
+    commit(draft, files.checkpoints, Checkpoint(step, {}, progress, 1, {}))
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint_and_the_batches_after_it(tmp_path: Path) -> None:
@@ -29,7 +31,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_the_batches_after_it(tmp_p
     files.forget_covered()
     assert [batch.step for batch in files.batches.read_from(2)] == [2, 3, 4]
     start = files.find_start()
-    assert start.checkpoint == files.checkpoints / name_step(4) and start.progress == {"step": 4}
+    assert start.checkpoint == files.checkpoints / name_step(4)
+    assert start.progress["ledger"] == files.settled_at(4) == {"trained": 40, "dropped": {}}
+    assert files.settled_at(0) == {"trained": 0, "dropped": {}}
     assert [batch.step for batch in start.batches] == [4]
 
 
