@@ -1,24 +1,34 @@
-"""Reward workers: each scores groups with one reward function, at arm's length from the run.
+"""Reward workers: each scores groups, one at a time, at arm's length from the run.
 
-The function may be the user's, so a worker is disposable: one that dies or hangs is replaced and
-the group scored again, and what still cannot be scored is dropped and counted, never scored zero.
+What scores may be the user's code, so a worker is disposable: one that dies, hangs or grows is
+replaced and its group given to another. In the last attempt each completion goes alone, so that
+the one at fault is found; it is set aside with the reason, and never scored zero.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
-from actors.supervision import INFRASTRUCTURE
-from raylign.config import RewardConfig
-from raylign.records import Trajectory
-from raylign.rewards.scoring import Rejection, Scored, score_trajectories
-from raylign.rewards.source import load_reward
+from actors.supervision import INFRASTRUCTURE, Budget
+from raylign.config import RewardConfig, UserError
+from raylign.records import Prompt, Trajectory
+from raylign.rewards.outcomes import Measured, Scored, SourceFailure, reject
+from raylign.rewards.panel import ONLY, Panel
+
+# A worker that has not loaded its sources by then never will.
+_START_S = 600.0
+# What a worker may take beyond what it had when it was ready.
+_GROWTH = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,65 +41,192 @@ class Scores:
     end: float
 
 
-_WEIGHTS = {"correct": 1.0, "format": 0.1}
+@dataclass(frozen=True, slots=True, eq=False)
+class Measurement:
+    """What all sources say of a group, by their names and in its order, and when and where."""
+
+    measured: dict[str, list[Measured]]
+    worker: str
+    start: float
+    end: float
+    memory: int = 0
+    """Bytes that the worker held afterwards."""
 
 
 class RewardWorker:
-    """One reward function behind a Ray actor."""
+    """The sources of a recipe behind a Ray actor."""
 
-    def __init__(self, name: str, source: str, weights: Mapping[str, float]) -> None:
-        self._name, self._weights = name, dict(weights)
-        self._function = load_reward(source)
+    def __init__(self, name: str, config: RewardConfig, policy: Path | None) -> None:
+        self._name, self._config, self._policy = name, config, policy
 
-    def score(self, trajectories: tuple[Trajectory, ...], references: dict[str, str]) -> Scores:
-        """Rewards of `trajectories`; `references` maps prompt ids to right answers."""
+    def load(self) -> int:
+        """Load every source; bytes of memory that this took. Raises `UserError` for one that cannot
+        be, which a constructor could not tell from a crash."""
+        if "model" in {self._config.source, *(p.source for p in self._config.parts.values())}:
+            import torch
+
+            torch.set_num_threads(self._config.threads)
+        self._panel = Panel(self._config, self._policy)
+        return psutil.Process().memory_info().rss
+
+    def measure(self, trajectories: tuple[Trajectory, ...], prompt: Prompt) -> Measurement:
+        """What every source says of the completions of `prompt`."""
         start = time.time()
-        scored = score_trajectories(trajectories, references, self._function, self._weights)
-        return Scores(scored, self._name, start, time.time())
+        measured = self._panel.measure(trajectories, prompt)
+        memory = psutil.Process().memory_info().rss
+        return Measurement(measured, self._name, start, time.time(), memory)
 
 
 class RewardPool:
-    """The reward workers of a run, used in turn."""
+    """The reward workers of a run; a group waits for the first that is free."""
 
     def __init__(self, config: RewardConfig, spawn: Callable[[str], ActorHandle]) -> None:
         self._config, self._spawn = config, spawn
-        self._workers = {f"reward-{i}": spawn(f"reward-{i}") for i in range(config.count)}
-        self._turn = 0
+        self._budget = Budget("reward worker", config.max_restarts)
+        self._workers: dict[str, ActorHandle] = {}
+        self._memory: dict[str, int] = {}
+        """Of workers that are ready, when they became so."""
+        self._free: list[str] = []
+        self._waiting: deque[asyncio.Future[str]] = deque()
+        self._leaving = 0
+        self._born = 0
+        self._names = sorted(config.parts) or [ONLY]
+        self.scale(config.count)
 
-    async def score(
-        self, trajectories: tuple[Trajectory, ...], references: dict[str, str]
-    ) -> Scores:
-        """Score one group; twice lost to a dead or silent worker, it is rejected as such."""
+    @property
+    def count(self) -> int:
+        """Workers, without those that will leave."""
+        return len(self._workers) - self._leaving
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why workers were replaced, so far."""
+        return tuple(self._budget.reasons)
+
+    def scale(self, count: int) -> None:
+        """Have `count` workers; one that is at work leaves when it is done."""
+        if count < 1:
+            raise UserError(f"rewards={count}: at least one worker must score")
+        while self.count < count:
+            if self._leaving:
+                self._leaving -= 1
+                continue
+            name = f"reward-{self._born}"
+            self._born += 1
+            self._workers[name] = self._spawn(name)
+            self._give_back(name)
+        self._leaving += self.count - count
+        while self._leaving and self._free:
+            self._leaving -= 1
+            self._dismiss(self._free.pop())
+
+    async def measure(self, trajectories: tuple[Trajectory, ...], prompt: Prompt) -> Measurement:
+        """What every source says of one group.
+
+        Raises `UserError` of the sources themselves, `BudgetSpent` when too many workers were lost.
+        """
         start, reason = time.time(), ""
-        for _ in range(2):
-            names = list(self._workers)
-            name = names[self._turn % len(names)]
-            self._turn += 1
-            try:
-                return await asyncio.wait_for(
-                    self._workers[name].score.remote(trajectories, references),
-                    self._config.timeout_s,
-                )
-            except INFRASTRUCTURE as error:
-                reason = (
-                    f"reward worker {'timed out' if isinstance(error, TimeoutError) else 'died'}"
-                )
-                ray.kill(self._workers[name])
-                self._workers[name] = self._spawn(name)
-        lost = [Rejection(t.prompt_id, t.group_id, reason) for t in trajectories]
-        return Scores(Scored(kept=[], rejected=lost), "reward", start, time.time())
+        for attempt in range(self._config.attempts):
+            if attempt and attempt == self._config.attempts - 1 and len(trajectories) > 1:
+                return await self._measure_alone(trajectories, prompt, start)
+            outcome = await self._try(trajectories, prompt)
+            if isinstance(outcome, Measurement):
+                return outcome
+            reason = outcome
+        lost: list[Measured] = [reject(t, f"quarantined: {reason}") for t in trajectories]
+        return Measurement({name: lost for name in self._names}, "reward", start, time.time())
 
     def stop(self) -> None:
         """Kill all workers."""
-        for worker in self._workers.values():
-            ray.kill(worker)
-        self._workers.clear()
+        for name in list(self._workers):
+            self._dismiss(name)
+        for waiting in self._waiting:
+            waiting.cancel()
+        self._waiting.clear()
+
+    async def _measure_alone(
+        self, trajectories: Sequence[Trajectory], prompt: Prompt, start: float
+    ) -> Measurement:
+        outcomes = await asyncio.gather(*(self._try((t,), prompt) for t in trajectories))
+        measured: dict[str, list[Measured]] = {name: [] for name in self._names}
+        worker, memory = "reward", 0
+        for trajectory, outcome in zip(trajectories, outcomes, strict=True):
+            for name, values in measured.items():
+                if isinstance(outcome, Measurement):
+                    values += outcome.measured.get(name, [])
+                    worker = outcome.worker
+                else:
+                    values.append(reject(trajectory, f"quarantined: {outcome}"))
+        return Measurement(measured, worker, start, time.time(), memory)
+
+    async def _try(self, trajectories: tuple[Trajectory, ...], prompt: Prompt) -> Measurement | str:
+        """The measurement, or why there is none."""
+        name = await self._borrow()
+        try:
+            if name not in self._memory:
+                self._memory[name] = await asyncio.wait_for(
+                    self._workers[name].load.remote(), _START_S
+                )
+            found: Measurement = await asyncio.wait_for(
+                self._workers[name].measure.remote(trajectories, prompt), self._config.timeout_s
+            )
+            if found.memory - self._memory[name] > _GROWTH:
+                grown = (found.memory - self._memory[name]) / 2**30
+                self._replace(name, f"it grew by {grown:.1f} GiB")
+            return found
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            if isinstance(error.cause, SourceFailure):
+                return f"source failed ({str(error.cause).partition(':')[0]})"
+            raise
+        except INFRASTRUCTURE as error:
+            reason = "worker timed out" if isinstance(error, TimeoutError) else "worker died"
+            self._replace(name, reason)
+            return reason
+        finally:
+            self._give_back(name)
+
+    def _replace(self, name: str, reason: str) -> None:
+        ray.kill(self._workers[name])
+        self._memory.pop(name, None)
+        self._budget.spend(f"{name}: {reason}")
+        self._workers[name] = self._spawn(name)
+
+    async def _borrow(self) -> str:
+        if self._free:
+            return self._free.pop()
+        waiting: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled():
+                self._give_back(waiting.result())  # came at the same moment
+            raise
+
+    def _give_back(self, name: str) -> None:
+        if name not in self._workers:
+            return  # the pool was stopped meanwhile
+        if self._leaving:
+            self._leaving -= 1
+            self._dismiss(name)
+            return
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(name)
+                return
+        self._free.append(name)
+
+    def _dismiss(self, name: str) -> None:
+        ray.kill(self._workers.pop(name))
+        self._memory.pop(name, None)
 
 
-def spawn_reward_worker(name: str, options: dict[str, object], config: RewardConfig) -> ActorHandle:
-    """Start a `RewardWorker` actor with the given Ray resources."""
-    return (
-        ray.remote(RewardWorker)
-        .options(**options)
-        .remote(name, config.source, config.weights or _WEIGHTS)
-    )
+def spawn_reward_worker(
+    name: str, options: dict[str, object], config: RewardConfig, policy: Path | None = None
+) -> ActorHandle:
+    """Start a `RewardWorker` actor with the given Ray resources; `policy` is the directory of the
+    model that samples, whose tokens a reward model with the same tokenizer takes as they are."""
+    return ray.remote(RewardWorker).options(**options).remote(name, config, policy)

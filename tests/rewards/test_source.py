@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import importlib.util
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from raylign.config import UserError
-from raylign.rewards.source import load_reward
-from raylign.rewards.verifiers import VERIFIERS
+from raylign.records import Trajectory
+from raylign.rewards.confinement import survey_walls
+from raylign.rewards.source import VERIFIERS, load_reward
 
 MODULE = """
 LIMIT = 3
@@ -21,6 +27,8 @@ class Rubric:
     def judge(completion, reference, strict=False):
         return {"judged": 1.0}
 rubric = Rubric()
+def asking(completion, reference, *, prompt):
+    return float(prompt == "p")
 """
 
 
@@ -32,9 +40,72 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "house_rewards"
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
+SAMPLES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "arithmetic": ("<work></work><answer>7</answer>", "7", {}),
+    "number": ("#### 7", "7", {}),
+    "numeric": ("#### 7.1", "7", {"absolute": 0.5}),
+    "math": (r"\boxed{\frac{14}{2}}", "7", {}),
+    "exact": ("SEVEN", "seven", {"ignore_case": True}),
+    "choice": ("The answer is (B).", "B", {}),
+    "regex": ("x=7;", "7", {"pattern": r"x=(\d+)"}),
+    "format": ("<a>x</a><b>7</b>", "7", {"tags": "a,b"}),
+    "code": ("def f(): return 7", '{"tests": ["assert f() == 7"]}', {"packages": False}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(VERIFIERS) - {"environment"}))
 def test_verifiers_by_name(name: str) -> None:
-    assert load_reward(name) is VERIFIERS[name]
+    completion, reference, options = SAMPLES[name]
+    if name == "math" and importlib.util.find_spec("math_verify") is None:
+        with pytest.raises(UserError, match="math-verify is not installed; pip install"):
+            load_reward(name)
+        return
+    if name == "code" and not survey_walls().complete:
+        pytest.skip("kernel cannot confine")
+    parts = load_reward(name, options)(completion, reference)
+    assert isinstance(parts, dict) and set(parts.values()) == {1.0}
+
+
+def test_what_an_environment_gave() -> None:
+    nothing = np.zeros(2, np.int32)
+    trajectory = Trajectory("p", "g", nothing, nothing > 0, nothing, nothing, "stop", "text")
+    function = load_reward("environment")
+    with pytest.raises(ValueError, match="gave no reward"):
+        function("", "", trajectory=trajectory)
+    assert function("", "", trajectory=replace(trajectory, environment_reward=0.5)) == {
+        "score": 0.5
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "says"),
+    [
+        (
+            "numeric",
+            {"relativ": 1},
+            "options.relativ: numeric has no such option; did you mean 'relative'",
+        ),
+        ("number", {"x": 1}, "number has no such option; it has none"),
+        ("numeric", {"relative": "much"}, "relative='much': give a value of type float"),
+        ("numeric", {"relative": True}, "relative=True: give a value of type float"),
+        ("numeric", {"relative": -1}, "must be 0 or more"),
+        ("regex", {}, "needs align.reward.options.pattern"),
+        ("regex", {"pattern": "("}, "is no regular expression"),
+        ("regex", {"pattern": "(a)(b)"}, "several groups"),
+        ("format", {"tags": "a,,b"}, "give different names"),
+        ("choice", {"letters": "abc"}, "give upper-case letters"),
+        ("house_rewards:score", {"strict": 1}, "with options strict"),
+    ],
+)
+def test_options_are_checked(module: str, source: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        load_reward(source, options)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_functions(module: str) -> None:
+    assert load_reward(f"{module}:Rubric.judge", {"strict": True})("a", "b") == {"judged": 1.0}
+    assert load_reward(f"{module}:asking")("a", "b", prompt="p") == 1.0
 
 
 def test_functions_and_other_callables_by_module(module: str) -> None:

@@ -7,11 +7,24 @@ import pytest
 
 from raylign.data.textbook.arithmetic import draw_problem, solve
 from raylign.rewards.verifiers import (
-    VERIFIERS,
+    RewardFunction,
+    build_choice,
+    build_format,
+    build_numeric,
+    build_regex,
     verify_arithmetic,
     verify_exact,
     verify_number,
 )
+
+VERIFIERS: dict[str, RewardFunction] = {
+    "arithmetic": verify_arithmetic,
+    "number": verify_number,
+    "numeric": build_numeric(),
+    "choice": build_choice(),
+    "format": build_format(),
+    "regex": build_regex(pattern=r"a+b"),
+}
 
 
 @pytest.mark.parametrize("style", ["worked", "mental"])
@@ -128,7 +141,93 @@ def test_exact() -> None:
     assert verify_exact("paris", "Paris") == {"correct": 0.0}
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "number"])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("#### 3.1415", 0),
+        ("#### 3.14159265", 1),
+        (r"\boxed{3.141593}", 1),
+        (r"\boxed{0.3141592653 \times 10^{1}}", 1),
+        (r"\boxed{31.41592653e-1}", 1),
+        (r"\boxed{3141592653 * 10^-9}", 1),
+        ("31.4 or 3.14159265", 1),
+        ("-3.14159265", 0),
+        ("1e999", 0),
+        ("nothing", 0),
+    ],
+)
+def test_numbers_within_a_tolerance(text: str, right: int) -> None:
+    assert build_numeric()(text, "3.14159265")["correct"] == right
+    assert build_numeric(relative=0, absolute=0)("#### 0.5", "1/2")["correct"] == 1
+    assert build_numeric(relative=0, absolute=1)("#### 3", "5")["correct"] == 0
+    assert build_numeric(relative=0.5)("#### -3", "-5")["correct"] == 1
+    with pytest.raises(ValueError, match="holds no number"):
+        build_numeric()(text, "pi")
+
+
+@pytest.mark.parametrize(
+    ("text", "correct", "marked"),
+    [
+        ("B", 1, 1),
+        ("(B)", 1, 1),
+        ("b.", 1, 1),
+        ("B) because", 0, 0),
+        (r"so \boxed{B}", 1, 1),
+        (r"so \boxed{\text{B}}", 1, 1),
+        ("#### B", 1, 1),
+        ("The answer is **B**.", 1, 1),
+        ("Answer: (B) Paris", 1, 1),
+        ("the answer is A. No, the answer is B", 1, 1),
+        ("the answer is B. No, the answer is A", 0, 1),
+        ("the answer is Bananas", 0, 0),
+        ("A, B, C", 0, 1),
+        ("B is what many would say, though it may be something else", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_choices(text: str, correct: int, marked: int) -> None:
+    assert build_choice()(text, "B") == {"correct": correct, "format": marked}
+    with pytest.raises(ValueError, match="is none of ABCDE"):
+        build_choice()(text, "Paris")
+
+
+def test_patterns() -> None:
+    verify = build_regex(pattern=r"result: (-?\d+)")
+    assert verify("result: 3, result: 4", " 4 ") == {"correct": 1.0}
+    assert verify("result: 4, result: 3", "4") == {"correct": 0.0}
+    assert verify("4", "4") == {"correct": 0.0}
+    assert build_regex(pattern="please")("yes, please", "whatever") == {"correct": 1.0}
+    named = build_regex(pattern=r"(x|y)=(?P<answer>\d)")
+    assert named("x=1 y=2", "2") == {"correct": 1.0}
+
+
+def test_a_pattern_that_never_ends_is_stopped() -> None:
+    started = time.perf_counter()
+    with pytest.raises(TimeoutError):
+        build_regex(pattern=r"(?:a|a|a)*$", seconds=0.2)("a" * 60 + "b", "x")
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("<think>a</think><answer>b</answer>", 1),
+        ("\n<think>a</think>\n <answer></answer>\n", 1),
+        ("<answer>b</answer><think>a</think>", 0),
+        ("<think>a</think> so <answer>b</answer>", 0),
+        ("<think>a</think><answer>b</answer> end", 0),
+        ("<think>a</think><answer>b</answer><answer>b</answer>", 0),
+        ("<think>a<answer>b</answer></think>", 0),
+        ("<think>a</think><answer>b", 0),
+        ("</think>a<think><answer>b</answer>", 0),
+        ("", 0),
+    ],
+)
+def test_layouts(text: str, right: int) -> None:
+    assert build_format()(text, "") == {"format": right}
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
 @pytest.mark.parametrize(
     "piece",
     [
@@ -145,11 +244,14 @@ def test_exact() -> None:
         "\\boxed{",
         "{",
         "$",
+        "1e9",
+        "answer is ",
+        "####",
     ],
 )
 def test_no_completion_takes_long(name: str, piece: str) -> None:
     started = time.perf_counter()
-    VERIFIERS[name](piece * 20_000, "1")
+    VERIFIERS[name](piece * 20_000, "B" if name == "choice" else "1")
     assert time.perf_counter() - started < 1.0
 
 

@@ -28,12 +28,14 @@ from raylign.config import SandboxConfig, UserError
 from raylign.rewards import frames
 from raylign.rewards.confinement import compile_filter, list_readable, open_rules, survey_walls
 from raylign.rewards.frames import Channel, Gone
+from raylign.rewards.outcomes import SourceFailure
 
 _GUEST = Path(__file__).with_name("guest.py")
 _START_S = 30.0
 _LARGEST_ANSWER = 1 << 20
 _MOST_FILES = 256
 _TICK_S = 0.1
+_PREFIX = "raylign-sandbox-"
 # All that the interpreter hears of its surroundings; a fixed order of sets, so that the same
 # completion gets the same verdict.
 _ENVIRONMENT = {
@@ -45,7 +47,7 @@ _ENVIRONMENT = {
 }
 
 
-class SandboxFailure(RuntimeError):
+class SandboxFailure(SourceFailure):
     """The sandbox did not work; nothing is said about the completion."""
 
 
@@ -75,12 +77,13 @@ class Sandbox:
             )
         self.config, self._packages, self._walls = config, packages, walls
         self._readable = list_readable(packages)
+        _sweep()
 
     @contextlib.contextmanager
     def start(self, streams: bool = False) -> Iterator[Guest]:
         """A confined process that has seen no foreign code yet; with `streams` its standard input
         and output are ours, else empty and lost. Raises `SandboxFailure`."""
-        directory = Path(tempfile.mkdtemp(prefix=f"raylign-{os.getpid()}-"))
+        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         try:
             with contextlib.ExitStack() as stack:
                 rules = None
@@ -255,6 +258,14 @@ class Guest:
                     sizes.append(entry.stat(follow_symlinks=False).st_size)
         if len(sizes) > _MOST_FILES or sum(sizes) > 4 * (self._config.files_mb << 20):
             raise Gone("it fills the disk")
+
+
+def _sweep() -> None:
+    """Remove the directories of judges that were killed."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}[0-9]*-*"):
+        judge = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        if not Path("/proc", judge).exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _peek(process: int) -> int | None:
