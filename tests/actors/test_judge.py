@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.judge import JudgePool, Tempo
 from raylign.config import JudgeConfig, UserError
@@ -294,3 +296,106 @@ def test_what_it_cannot_be_asked(tmp_path: Path) -> None:
         service.tell = lambda asked: Told(status=403, body="expired")
         with pytest.raises(UserError, match="access denied"):
             play(service, tmp_path, scenario)
+
+
+def lengthen(model: Path, directory: Path) -> Path:
+    """The tiny model with room for whole questions; its weights have no positions."""
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return directory
+
+
+def make_parrot(model: Path, directory: Path) -> Path:
+    """A model that answers everything with the same verdict: each token decides the next one."""
+    from safetensors.torch import load_file, save_file
+
+    lengthen(model, directory)
+    saying, end, answering = '{"score":7}', 1, 3
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    spoken = vocabulary[saying] = vocabulary.pop("w0")
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    weights = load_file(directory / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()  # attention and feed-forward layers add nothing
+    # Token t is direction t; the head, which must not be the embedding, maps it to the next token.
+    rows = len(weights["model.embed_tokens.weight"])
+    weights["model.embed_tokens.weight"].copy_(torch.eye(rows, 64))
+    head = torch.zeros(rows, 64)
+    head[spoken, answering] = head[end, spoken] = 9.0
+    weights["lm_head.weight"] = head
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return directory
+
+
+def judge_with(model: Path, directory: Path, **keys: Any) -> JudgePool:
+    rollout = {"count": 1, "cpus": 0.2, "kv_cache_mb": 16, **keys.pop("rollout", {})}
+    config = JudgeConfig(model=model, rollout=rollout, max_tokens=8, **keys)
+    return JudgePool(config, directory, seed=3, tempo=SWIFT)
+
+
+@pytest.mark.slow
+def test_a_vllm_judge_that_babbles_gives_no_marks(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = lengthen(tiny_model, tmp_path / "model")
+    pool = judge_with(model, tmp_path / "verdicts", attempts=2, max_calls=11, temperature=1.0)
+
+    async def scenario() -> Any:
+        try:
+            await pool.start()
+            first = await pool.measure(complete("w1", "w2 w3", "w4 " * 500), PROMPT)
+            later = await pool.measure(complete("w5", "w6"), PROMPT)
+            return first, later, pool.take_metrics()
+        finally:
+            pool.stop()
+
+    first, later, metrics = asyncio.run(scenario())
+    assert [lost.reason for lost in first] == [*["judge abstained"] * 2, "too long for the judge"]
+    assert re.search(r"\d{3} tokens and a verdict of 8 exceed 512", first[2].detail)
+    assert metrics["judge/calls"] <= 11 and metrics["judge/workers"] == 1
+    assert {lost.reason for lost in later} <= {"judge abstained", "judge budget spent"}
+
+
+@pytest.mark.slow
+def test_workers_come_with_the_queue_and_go_when_idle(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = make_parrot(tiny_model, tmp_path / "model")
+    pool = judge_with(
+        model,
+        tmp_path / "verdicts",
+        most=2,
+        scale_queue=4,
+        concurrency=2,
+        rollout={"backend": "transformers"},
+    )
+
+    async def scenario() -> Any:
+        try:
+            await pool.start()
+            numbers: list[float | Rejection] = []
+            sizes = {pool.take_metrics()["judge/workers"]}
+            for round_ in range(100):
+                texts = [f"w{n} round {round_}" for n in range(16)]
+                numbers += await pool.measure(complete(*texts), PROMPT)
+                sizes.add(pool.take_metrics()["judge/workers"])
+                if 2 in sizes:
+                    break
+            while pool.take_metrics()["judge/workers"] > 1:
+                await asyncio.sleep(0.1)
+            with pytest.raises(UserError, match="judges=0: at least 1 worker must stay"):
+                await pool.scale(0)
+            with pytest.raises(UserError, match="999 more would need"):
+                await pool.scale(1000)
+            return numbers, sizes, await pool.scale(1)
+        finally:
+            pool.stop()
+
+    numbers, sizes, said = asyncio.run(asyncio.wait_for(scenario(), 180))
+    assert numbers and all(number == pytest.approx(6 / 9) for number in numbers)
+    assert sizes == {1, 2} and said == "1 -> 1 workers"
