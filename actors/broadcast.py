@@ -26,10 +26,11 @@ import torch.distributed as dist
 
 from actors.broadcast_link import (
     Staged,
+    finish_broadcast,
     join_group,
     receive_message,
     send_message,
-    share_bucket,
+    start_broadcast,
 )
 from raylign.training.buckets import Bucket, Packed
 
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _GATHER_S = 0.02  # those that ask within it share a session
 _MARGIN_S = 1.0
+_GLANCE_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class _Member:
     name: str = "?"
     wants: int | None = None
     since: float = 0.0
+    reported: bool = False
+    """Has said how the session went, or closed its connection."""
 
 
 class Broadcast:
@@ -170,6 +174,8 @@ class Broadcast:
         """Send a version to `members`. Those to be left out are returned; those that a failure of
         others hit want it again."""
         assert version is not None
+        for member in members:
+            member.reported = False
         with self._busy:
             if version not in self._staged:
                 for member in members:
@@ -182,7 +188,7 @@ class Broadcast:
             except (RuntimeError, OSError) as error:  # what torch.distributed raises
                 failure = error
                 self._drop_group()
-            silent = self._hear_reports(members)
+            silent = self._find_silent(members)
         for member in silent:
             reason = (
                 "its connection closed"
@@ -221,28 +227,36 @@ class Broadcast:
             )
             self._grouped = list(members)
         for bucket, buffer in zip(self._staged[version], self._sets[version], strict=True):
-            share_bucket(self._group, buffer[: bucket.bytes], self._span())
+            work = start_broadcast(self._group, buffer[: bucket.bytes], self._span())
+            while not work.is_completed():
+                self._hear_reports(members, _GLANCE_S)
+                if any(member.connection.closed for member in members):
+                    raise RuntimeError("a member's connection closed")
+            finish_broadcast(work, buffer, self._span())
 
-    def _hear_reports(self, members: list[_Member]) -> list[_Member]:
-        """Wait until every member has said how the session went; those who did not are returned,
-        with their connections closed if they closed them."""
-        open_members = list(members)
-        silent = []
+    def _hear_reports(self, members: list[_Member], seconds: float) -> bool:
+        """Read what members say within some time; whether any said something. The connection of
+        one that closed it is closed."""
+        talking = [m for m in members if not m.connection.closed and not m.reported]
+        ready = wait([m.connection for m in talking], seconds)
+        for member in talking:
+            if member.connection not in ready:
+                continue
+            message = receive_message(member.connection)
+            if message is None:
+                member.connection.close()
+            elif "done" in message:
+                member.wants = None
+            member.reported = message is None or "progress" not in message
+        return bool(ready)
+
+    def _find_silent(self, members: list[_Member]) -> list[_Member]:
+        """Those that closed their connection, or say nothing while others' time runs out."""
         limit = time.monotonic() + self._stall_s + _MARGIN_S
-        while open_members and time.monotonic() < limit:
-            for ready in wait([m.connection for m in open_members], limit - time.monotonic()):
-                member = next(m for m in open_members if m.connection is ready)
-                message = receive_message(member.connection)
-                if message is None:
-                    member.connection.close()
-                    silent.append(member)
-                elif "progress" in message:
-                    limit = time.monotonic() + self._stall_s + _MARGIN_S
-                    continue
-                elif "done" in message:
-                    member.wants = None
-                open_members.remove(member)
-        return silent + open_members
+        while not all(m.reported for m in members) and time.monotonic() < limit:
+            if self._hear_reports(members, limit - time.monotonic()):
+                limit = time.monotonic() + self._stall_s + _MARGIN_S
+        return [m for m in members if m.connection.closed or not m.reported]
 
     def _drop_group(self) -> None:
         if self._group is not None:

@@ -74,7 +74,8 @@ class _Link:
                 self._enter(order)
                 for place, bucket in enumerate(buckets):
                     buffer = self._buffer(place, bucket.bytes)
-                    share_bucket(self._group, buffer, self._span)
+                    work = start_broadcast(self._group, buffer, self._span)
+                    finish_broadcast(work, buffer, self._span)
                     if place >= given:  # an earlier session may have got so far
                         self._tell({"progress": place})
                         yield buffer
@@ -170,11 +171,16 @@ def join_group(
     return dist.ProcessGroupGloo(named, rank, size, options)
 
 
-def share_bucket(group: Any, buffer: torch.Tensor, span: timedelta) -> None:
-    """Broadcast from rank 0. Raises `RuntimeError` when a member is gone or `span` is over."""
+def start_broadcast(group: Any, buffer: torch.Tensor, span: timedelta) -> Any:
+    """Begin to send rank 0's `buffer` to all. Raises `RuntimeError` when a member is gone."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor, options.timeout = 0, 0, span
-    group.broadcast([buffer], options).wait(span)
+    return group.broadcast([buffer], options)
+
+
+def finish_broadcast(work: Any, buffer: torch.Tensor, span: timedelta) -> None:
+    """Wait for its end. Raises `RuntimeError` when a member is gone or `span` is over."""
+    work.wait(span)
     if buffer.is_cuda:
         torch.cuda.current_stream().synchronize()
 
