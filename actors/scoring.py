@@ -115,10 +115,9 @@ class CompositeScorer:
             tasks.append(asyncio.create_task(self._judge.measure(trajectories, prompt)))
         try:
             found = await asyncio.gather(*tasks)
-        except BaseException:
+        finally:
             for task in tasks:
-                task.cancel()
-            raise
+                task.cancel()  # of those that are done, nothing
         measured: dict[str, list[Measured]] = {}
         worker = "judge"
         if self._workers is not None:

@@ -64,6 +64,7 @@ def main() -> None:
         check_disk,
         check_sockets,
         check_open_files,
+        check_confinement,
         check_cluster,
         check_gpu,
     ]
@@ -240,6 +241,19 @@ def check_open_files() -> Finding:
         "good" if soft >= 4096 else "doubtful",
         f"limit {soft} (hard {hard})",
         "ulimit -n 65536",
+    )
+
+
+def check_confinement() -> Finding:
+    """Whether completions that are programs can be run: align.reward.source=code."""
+    from raylign.rewards.confinement import survey_walls
+
+    walls = survey_walls()
+    return Finding(
+        "code rewards",
+        "good" if walls.complete else "doubtful",
+        f"confined by {walls}" if walls.complete else f"cannot be confined: {walls}",
+        "Linux 5.13 or later on x86-64 or ARM64, both enabled; nothing else needs them",
     )
 
 

@@ -1,7 +1,7 @@
 """Plain values as bytes, and bytes over pipes: how a judge talks with a process it does not trust.
 
-Both sides use this file; the untrusted one runs in an interpreter without our packages, so it needs
-the standard library alone, and little of that, for it is loaded anew for every completion. What
+Both sides use this file; the untrusted one is an interpreter without our packages, so it needs the
+standard library alone, and little of that, for it is loaded anew for every completion. What
 arrives is data and nothing but data: numbers, texts and containers, to a depth and size.
 """
 

@@ -1,6 +1,6 @@
 """What runs inside the walls: a process that confines itself, then does as it is told.
 
-Started as a script, once for each completion, never imported by the process that judges. It learns
+Its code is sent, once for each completion, to an interpreter that has nothing of ours. It learns
 what to run over one pipe and answers over another. Nothing that it answers is a verdict: a
 *candidate* says what a call returned, and an *examiner*, which never runs a line of the candidate's
 code, says whether a test passed.
@@ -138,13 +138,8 @@ def _make_proxy(channel: Any, name: str) -> Callable[..., Any]:
     return call
 
 
-def main() -> None:
-    """`guest.py FRAMES IN OUT`: the path of the messages' code, and two file descriptors."""
-    # From its file: the directory it lies in is not on the path, and our package is not at hand.
-    frames: Any = ModuleType("frames")
-    with open(sys.argv[1], encoding="utf-8") as file:
-        exec(compile(file.read(), sys.argv[1], "exec"), vars(frames))
-    channel = frames.Channel(int(sys.argv[2]), int(sys.argv[3]))
+def main(channel: Any) -> None:
+    """Confine this process, then play the role that it is told."""
     orders = channel.receive(_LONGEST_WAIT)
     try:
         confine(orders)
@@ -162,7 +157,3 @@ def main() -> None:
         answer_calls(channel, *rest)
     else:
         examine(channel, *rest)
-
-
-if __name__ == "__main__":
-    main()

@@ -59,6 +59,7 @@ class CodeVerifier:
         left, passed = self._sandbox.config.seconds, 0
         for text, expected in exam.streams:
             with self._sandbox.start(streams=True) as guest, _forgive(guest):
+                guest.await_walls()
                 started = time.monotonic()
                 output = guest.run(source, text, started + left)
                 left -= time.monotonic() - started
@@ -70,6 +71,7 @@ class CodeVerifier:
     def _run_calls(self, exam: Exam, source: str) -> int:
         passed = 0
         with self._sandbox.start() as guest, _forgive(guest):
+            guest.await_walls()
             until = time.monotonic() + self._sandbox.config.seconds
             guest.send(("candidate", source), until)
             if _hear(guest, until)[0] != "value":
@@ -90,6 +92,8 @@ class CodeVerifier:
             guest = stack.enter_context(self._sandbox.start())
             stack.enter_context(_forgive(examiner, guest))
             examiner.trust()
+            examiner.await_walls()
+            guest.await_walls()
             until = time.monotonic() + self._sandbox.config.seconds
             guest.send(("candidate", source), until)
             if _hear(guest, until)[0] != "value":

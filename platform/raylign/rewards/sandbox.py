@@ -10,6 +10,7 @@ version, and can read the interpreter's and the system's libraries.
 from __future__ import annotations
 
 import contextlib
+import marshal
 import math
 import os
 import select
@@ -21,16 +22,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from raylign.config import SandboxConfig, UserError
-from raylign.rewards import frames
+from raylign.rewards import frames, guest
 from raylign.rewards.confinement import compile_filter, list_readable, open_rules, survey_walls
 from raylign.rewards.frames import Channel, Gone
 from raylign.rewards.outcomes import SourceFailure
 
-_GUEST = Path(__file__).with_name("guest.py")
+# What a fresh interpreter runs: the code of both modules arrives compiled, before the messages.
+_ENTRY = """
+import marshal, posix, sys
+come, go, size = map(int, sys.argv[1:])
+code = b""
+while len(code) < size:
+    code += posix.read(come, size - len(code))
+frames, guest = {"__name__": "frames"}, {"__name__": "guest"}
+for text, space in zip(marshal.loads(code), (frames, guest)):
+    exec(text, space)
+guest["main"](frames["Channel"](come, go))
+"""
 _START_S = 30.0
 _LARGEST_ANSWER = 1 << 20
 _MOST_FILES = 256
@@ -81,27 +94,28 @@ class Sandbox:
 
     @contextlib.contextmanager
     def start(self, streams: bool = False) -> Iterator[Guest]:
-        """A confined process that has seen no foreign code yet; with `streams` its standard input
-        and output are ours, else empty and lost. Raises `SandboxFailure`."""
+        """A process that confines itself and has seen no foreign code yet; with `streams` its
+        standard input and output are ours, else empty and lost. Raises `SandboxFailure`."""
         directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         try:
             with contextlib.ExitStack() as stack:
                 rules = None
                 if self._walls.landlock:
                     rules = stack.enter_context(open_rules(self._readable, directory))
-                guest = Guest(self.config, directory, rules, self._flags(), streams)
+                process = Guest(self.config, directory, rules, self._flags(), streams)
             try:
-                orders = {
-                    "parent": os.getpid(),
-                    "limits": self._limits(),
-                    "rules": rules,
-                    "filter": compile_filter() if self._walls.seccomp else None,
-                    "directory": str(directory),
-                }
-                guest.open(orders)
-                yield guest
+                process.instruct(
+                    {
+                        "parent": os.getpid(),
+                        "limits": self._limits(),
+                        "rules": rules,
+                        "filter": compile_filter() if self._walls.seccomp else None,
+                        "directory": str(directory),
+                    }
+                )
+                yield process
             finally:
-                guest.end()
+                process.end()
         except OSError as error:
             raise SandboxFailure(f"{type(error).__name__}: {error}") from error
         finally:
@@ -134,12 +148,15 @@ class Guest:
         streams: bool,
     ) -> None:
         self._config, self._directory = config, directory
+        self._confined = False
         to_read, to_write = os.pipe(), os.pipe()
         inherited = (to_read[0], to_write[1], *([] if rules is None else [rules]))
-        command = [sys.executable, *flags, str(_GUEST), str(frames.__file__)]
+        code = _compile_guest()
+        numbers = [str(number) for number in (to_read[0], to_write[1], len(code))]
         try:
+            os.write(to_read[1], code)  # a pipe holds more than that
             self._process = subprocess.Popen(
-                [*command, str(to_read[0]), str(to_write[1])],
+                [sys.executable, *flags, "-c", _ENTRY, *numbers],
                 stdin=subprocess.PIPE if streams else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if streams else subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -157,16 +174,25 @@ class Guest:
             os.close(to_write[1])
         self._channel = Channel(to_write[0], to_read[1], _LARGEST_ANSWER)
 
-    def open(self, orders: dict[str, Any]) -> None:
-        """Have it confine itself; what fails here is no completion's fault."""
-        until = time.monotonic() + _START_S
+    def instruct(self, orders: dict[str, Any]) -> None:
+        """Tell it how to confine itself; what fails here and in `await_walls` is no completion's
+        fault. Raises `SandboxFailure`."""
         try:
-            self._channel.send(orders, until)
-            state, reason = self._channel.receive(until)
+            self._channel.send(orders, time.monotonic() + _START_S)
+        except (Gone, TimeoutError) as error:
+            raise SandboxFailure(f"the sandbox did not start: {error}") from None
+
+    def await_walls(self) -> None:
+        """Wait until it is confined, which `send` does too. Raises `SandboxFailure`."""
+        if self._confined:
+            return
+        try:
+            state, reason = self._channel.receive(time.monotonic() + _START_S)
         except (Gone, TimeoutError) as error:
             raise SandboxFailure(f"the sandbox did not start: {error}") from None
         if state != "confined":
             raise SandboxFailure(f"the sandbox could not confine itself: {reason}")
+        self._confined = True
 
     def trust(self) -> None:
         """Let it send messages of any length: it runs the tests, and no foreign code."""
@@ -174,6 +200,7 @@ class Guest:
 
     def send(self, message: Any, until: float) -> None:
         """Raises `Gone` when it ended, `TimeoutError` at `until`, by `time.monotonic`."""
+        self.await_walls()
         self._channel.send(message, until)
 
     def receive(self, until: float) -> Any:
@@ -258,6 +285,13 @@ class Guest:
                     sizes.append(entry.stat(follow_symlinks=False).st_size)
         if len(sizes) > _MOST_FILES or sum(sizes) > 4 * (self._config.files_mb << 20):
             raise Gone("it fills the disk")
+
+
+@cache
+def _compile_guest() -> bytes:
+    paths = [Path(str(module.__file__)) for module in (frames, guest)]
+    codes = [compile(path.read_text(encoding="utf-8"), path.name, "exec") for path in paths]
+    return marshal.dumps(codes)
 
 
 def _sweep() -> None:
