@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ import xxhash
 
 from actors.broadcast import Broadcast
 from actors.transports import Ipc, ObjectStore, SharedMemory, Transport
-from raylign.inference.generator import Generator
 from raylign.training.buckets import Bucket, Place, SyncError, open_bucket, pack_buckets
+
+if TYPE_CHECKING:  # transports alone are used where no model is
+    from raylign.inference.generator import Generator
 
 BUCKET_BYTES = 64 << 20
 

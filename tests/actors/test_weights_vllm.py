@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,9 +20,10 @@ from transformers import (
 )
 
 from actors.transports import SharedMemory
-from actors.weights import Canary, publish_weights, receive_weights
+from actors.weights import AdapterSpec, Canary, publish_weights, receive_weights
 from raylign.inference.generator import build_generator
-from raylign.inference.vllm_weights import plan_weights
+from raylign.inference.vllm_weights import place_adapter, plan_weights
+from raylign.models.logprobs import score_tokens
 from raylign.training.buckets import SyncError
 
 pytestmark = pytest.mark.slow
@@ -36,6 +40,13 @@ SHAPE = {
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": None,
+}
+ENGINE: dict[str, Any] = {
+    "max_length": 64,
+    "kv_cache_mb": 32,
+    "max_sequences": 8,
+    "threads": 1,
+    "seed": 0,
 }
 CASES = {
     "llama, tied, float32": (LlamaConfig, True, "float32"),
@@ -77,16 +88,7 @@ def test_planned_weights_serve_the_bits_of_a_reload(
 ) -> None:
     config, tied, dtype = CASES[case]
     model = build(config, tied, tiny_model, tmp_path / "model")
-    generator: Any = build_generator(
-        "vllm",
-        tmp_path / "model",
-        dtype=dtype,
-        max_length=64,
-        kv_cache_mb=32,
-        max_sequences=8,
-        threads=1,
-        seed=0,
-    )
+    generator: Any = build_generator("vllm", tmp_path / "model", dtype=dtype, **ENGINE)
     served = getattr(torch, dtype)
     first = {name: p.detach().to(served) for name, p in model.named_parameters()}
     second = {name: (p.float() * 1.1 + 0.01).to(served) for name, p in first.items()}
@@ -139,3 +141,49 @@ def test_models_that_need_more_than_packing_are_left_to_vllm() -> None:
 
     assert plan_weights(GPT2LMHeadModel()) is None
     assert plan_weights(LlamaForCausalLM()) is None
+
+
+def test_an_adapter_is_placed_from_memory_and_serves_as_if_folded_in(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
+
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": targets}
+    monkeypatch.setattr(vllm, "EngineArgs", functools.partial(vllm.EngineArgs, **lora))
+    generator: Any = build_generator("vllm", tiny_model, dtype="float32", **ENGINE)
+    worker = generator._engine.engine_core.engine_core.model_executor.driver_worker.worker
+    manager = worker.model_runner.lora_manager
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=targets)).eval()
+    form = PEFTHelper(r=4, lora_alpha=12, target_modules=targets)
+    spec, local = AdapterSpec(4, 12, tuple(targets)), SharedMemory()
+    add = generator._engine.add_request
+    named = LoRARequest("policy", 1, "memory")
+    monkeypatch.setattr(generator._engine, "add_request", lambda *a: add(*a, lora_request=named))
+    for version in (1, 2):
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1 * version)
+        tensors = get_peft_model_state_dict(tuned)
+        sent = publish_weights(version, tensors, Canary((), ()), local, adapter=spec)
+        place_adapter(manager, form, 1, receive_weights(sent))
+        for own, sequence in zip(score(generator), SEQUENCES, strict=True):
+            expected = score_tokens(tuned, torch.tensor([sequence]))[0][0].detach().numpy()
+            assert np.abs(own - expected).max() < 1e-4
+            with tuned.disable_adapter():
+                plain = score_tokens(tuned, torch.tensor([sequence]))[0][0].detach().numpy()
+            assert np.abs(own - plain).max() > 1e-2
+
+    first, *rest = tensors.items()
+    with pytest.raises(SyncError, match="did not come"):
+        place_adapter(manager, form, 1, rest)
+    with pytest.raises(SyncError, match="is no part of an adapter of k_proj"):
+        place_adapter(manager, replace(form, target_modules=["k_proj"]), 1, [first])
+    with pytest.raises(SyncError, match=r"which is not of rank 2"):
+        place_adapter(manager, replace(form, r=2), 1, [first])
+    with pytest.raises(SyncError, match="rank is 16, and the engine holds up to 8"):
+        place_adapter(manager, replace(form, r=16), 1, [first])
+    generator.close()

@@ -218,3 +218,45 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in _MALLOC.values():
             mallopt(option, value)
+
+
+def place_adapter(
+    manager: Any, form: Any, number: int, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Make `tensors` the LoRA adapter `number` of a vLLM worker, in place of the last, from memory.
+
+    manager: the worker's `model_runner.lora_manager`; form: vLLM's `PEFTHelper` with the adapter's
+    rank, alpha and targets. Requests name the adapter by a `LoRARequest` of that number. Raises
+    `SyncError` where rank, targets and tensors do not belong together, or the engine was started
+    for smaller ranks; the adapter must not serve then.
+    """
+    most = manager.lora_config.max_lora_rank
+    if form.r > most:
+        raise SyncError(f"the adapter's rank is {form.r}, and the engine holds up to {most}")
+    taken: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        sides = {"lora_A": 0, "lora_B": 1}
+        if kind not in sides or module.rpartition(".")[2] not in form.target_modules:
+            raise SyncError(f"{name} is no part of an adapter of {', '.join(form.target_modules)}")
+        if tensor.ndim != 2 or tensor.shape[sides[kind]] != form.r:
+            raise SyncError(f"{name} is {tuple(tensor.shape)}, which is not of rank {form.r}")
+        taken[name] = tensor.detach().clone()  # it outlives what it was received in
+    halves = {name.replace(".lora_B", ".lora_A") for name in taken}
+    lone = next((n for n in halves if not {n, n.replace(".lora_A", ".lora_B")} <= set(taken)), None)
+    if lone is not None or not taken:
+        raise SyncError(f"of the adapter's {lone or 'tensors'} one half or all did not come")
+    served = manager._adapter_manager
+    mapper = getattr(served.model, "hf_to_vllm_mapper", None)
+    adapter = manager._lora_model_cls.from_lora_tensors(
+        lora_model_id=number,
+        tensors=taken,
+        peft_helper=form,
+        device=str(manager.device),
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    served.remove_adapter(number)
+    served.add_adapter(adapter)
+    served.activate_adapter(number)
