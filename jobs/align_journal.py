@@ -78,7 +78,7 @@ class AlignJournal:
         self._outbox.put(partial(self._write, EVENTS_FILE, [row]))
         what = fields.get("what")
         if what not in ROUTINE:
-            told = (fields.get(key) for key in ("actor", "what", "reason"))
+            told = (fields.get(key) for key in ("actor", "what", "reason", "text"))
             self._news = " ".join(str(part) for part in told if part is not None)[:160]
             self._show()
 

@@ -115,7 +115,7 @@ def _list_workers(metrics: Metrics) -> list[str]:
         for name, count in metrics.items()
         if name.startswith("restarts/") and count
     }
-    return counts + [f"restarted {count:.0f} {role}" for role, count in sorted(restarts.items())]
+    return counts + [f"{count:.0f} restarts of {role}" for role, count in sorted(restarts.items())]
 
 
 def _list_samples(metrics: Metrics) -> list[str]:

@@ -18,6 +18,8 @@ from raylign.tracking import (
     JsonTracker,
     Metric,
     ProgressBoard,
+    append_rows,
+    cut_lines,
     merge,
     read_lines,
 )
@@ -103,6 +105,33 @@ def test_lines_may_hold_any_character_and_be_missing(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.jsonl") == []
 
 
+def test_lines_are_cut_at_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    cut_lines(file, 0)
+    file.write_text(
+        '{"step": 1, "a": 2}\n{"a": 1, "step": 2}\nnonsense\n{"step": 10}\n'
+        '{"step": 2, "b": "\\u2028"}\n{"step": 1, "torn": '
+    )
+    cut_lines(file, 3)
+    assert read_lines(file) == [
+        {"step": 1, "a": 2},
+        {"a": 1, "step": 2},
+        {"step": 2, "b": "\u2028"},
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl"]
+    cut_lines(file, 0)
+    assert file.read_bytes() == b""
+
+
+def test_rows_are_added_after_a_line_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    append_rows(file, [{"step": 0, "path": tmp_path}])
+    with file.open("a") as torn:
+        torn.write('{"step": 1, "cut')
+    append_rows(file, [{"step": 2}, {"step": 3}])
+    assert read_lines(file) == [{"step": 0, "path": str(tmp_path)}, {"step": 2}, {"step": 3}]
+
+
 def render(terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=60, color_system=None)
@@ -131,3 +160,15 @@ def test_a_log_gets_plain_lines_with_rate_and_note() -> None:
 def test_a_terminal_gets_bars() -> None:
     shown = render(terminal=True)
     assert "━" in shown and "4/4" in shown and "pretrain: " not in shown
+
+
+def test_what_is_pinned_is_seen_on_a_terminal_only() -> None:
+    for terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=60, color_system=None)
+        with ProgressBoard(console, plain_every=1e9) as board, board.bar("align", 4) as bar:
+            bar.pin("reward 0.75")
+            bar.pin(None)
+            bar.show("the end")
+        assert ("reward 0.75" in out.getvalue()) == terminal
+        assert out.getvalue().count("the end") == 1

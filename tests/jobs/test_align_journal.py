@@ -24,7 +24,7 @@ from jobs.align_journal import AlignJournal
 from jobs.align_panel import draw_panel, tabulate_steps
 from jobs.align_rows import list_rollouts, spell_tokens
 from raylign.records import Prompt, Trajectory
-from raylign.tracking import ProgressBoard, cut_lines, read_lines
+from raylign.tracking import ProgressBoard, read_lines
 from raylign.training.batches import LearnerBatch, read_batch, write_batch
 
 PROMPTS = {f"p{i}": Prompt(f"p{i}", (1, 2), f"what is {i}?", str(i)) for i in range(3)}
@@ -295,7 +295,7 @@ def test_the_panel_says_what_was_measured_and_no_more() -> None:
         )
     )
     assert "0.875  correct 0.750" in shown and "turns" not in shown
-    assert "3 rollouts  restarted 1 rollouts" in shown
+    assert "3 rollouts  1 restarts of rollouts" in shown
     assert "1,234 dispatched = 1,200 trained + 4 dropped + 30 in flight" in shown
     assert "policy" not in shown and "nan" not in shown
     assert draw(draw_panel({})).strip() == ""
@@ -306,24 +306,6 @@ def test_the_table_has_the_last_steps() -> None:
     lines = draw(tabulate_steps(rows)).splitlines()
     assert lines[0].strip() == "last 10 of 25 steps" and len(lines) == 12
     assert lines[-1].split() == ["24", "0.240"]
-
-
-def test_lines_are_cut_at_a_step(tmp_path: Path) -> None:
-    file = tmp_path / "x.jsonl"
-    cut_lines(file, 0)
-    file.write_text(
-        '{"step": 1, "a": 2}\n{"a": 1, "step": 2}\nnonsense\n{"step": 10}\n'
-        '{"step": 2, "b": "\\u2028"}\n{"step": 1, "torn": '
-    )
-    cut_lines(file, 3)
-    assert read_lines(file) == [
-        {"step": 1, "a": 2},
-        {"a": 1, "step": 2},
-        {"step": 2, "b": "\u2028"},
-    ]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl"]
-    cut_lines(file, 0)
-    assert file.read_bytes() == b""
 
 
 def test_token_texts_join_to_the_text() -> None:

@@ -11,6 +11,7 @@ from raylign.evaluation.report.comparison import build_comparison
 from raylign.evaluation.report.corpora import build_funnel, build_tokenizer
 from raylign.evaluation.report.document import Document, Section
 from raylign.evaluation.report.findings import STAGES, TITLES, Findings, read_findings
+from raylign.evaluation.report.incidents import build_incidents
 from raylign.evaluation.report.learning import build_learning, build_samples
 from raylign.evaluation.report.markdown import render_markdown
 from raylign.evaluation.report.overview import (
@@ -28,6 +29,7 @@ from raylign.evaluation.report.provenance import (
     find_seed,
 )
 from raylign.evaluation.report.timeline import measure_overlap, measure_shares
+from raylign.evaluation.report.viewer import build_viewer
 from raylign.run import write_json
 
 __all__ = ["build_report"]
@@ -41,7 +43,9 @@ _SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
     build_samples,
     build_curves,
     build_timeline,
+    build_incidents,
     build_rollouts,
+    build_viewer,
     build_comparison,
     build_lineage,
     build_settings,

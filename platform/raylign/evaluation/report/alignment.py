@@ -35,6 +35,7 @@ from raylign.evaluation.report.timeline import (
 
 MISMATCH_BAR = 1e-3
 ATTEMPTS_SHOWN = 4
+LANES_SHOWN = 40
 CONCURRENT = ("generate", "score")
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -132,6 +133,18 @@ _CURVES: tuple[tuple[str, dict[str, tuple[str, str]], str, dict[str, Any]], ...]
         "rollouts. The slower side should be the one that never waits.",
         {"unit": "seconds", "floor": 0.0},
     ),
+    (
+        "Workers",
+        {
+            "workers/rollouts": ("rollouts", "generate"),
+            "workers/rewards": ("rewards", "score"),
+            "workers/judges": ("judges", "sync"),
+            "workers/learners": ("learner ranks", "learn"),
+        },
+        "Workers of each kind. There are more or fewer while the run goes on because somebody "
+        "asked, because one side kept waiting for the other, or because one was lost.",
+        {"floor": 0.0},
+    ),
 )
 
 
@@ -139,6 +152,7 @@ def build_curves(findings: Findings) -> Section | None:
     """Small multiples of everything that was logged."""
     charts = []
     for title, metrics, meaning, options in _CURVES:
+        metrics = metrics | _name_parts(findings) if title == "Reward" else metrics
         found = {m: findings.column("align", m) for m in metrics}
         series: list[Series] = []
         for metric, (name, color) in metrics.items():
@@ -156,6 +170,18 @@ def build_curves(findings: Findings) -> Section | None:
         "better than their siblings become more likely. Nobody shows it a solution.",
         blocks=(Facts(_list_changes(findings)), Charts(tuple(charts))),
     )
+
+
+def _name_parts(findings: Findings) -> dict[str, tuple[str, str]]:
+    """The parts of the reward that are the user's own, with a colour each."""
+    known = {"reward/total", "reward/std", "reward/correct", "reward/format"}
+    keys = {key for row in findings.metrics.get("align", ()) for key in row}
+    names = sorted(key for key in keys - known if key.startswith("reward/"))
+    colors = ("score", "sync", "learn", "generate", "ink", "data")
+    return {
+        name: (name.removeprefix("reward/"), color)
+        for name, color in zip(names, colors, strict=False)
+    }
 
 
 def _chart_drops(findings: Findings) -> list[Chart]:
@@ -197,9 +223,11 @@ def build_timeline(findings: Findings) -> Section | None:
         return None
     start, end = choose_window(events)
     shares = measure_shares(events)
+    inside = [e for e in events if e.end > start and e.start < end]
+    actors = order_actors(events)
     lanes = [
-        Lane(actor, _cut_spans(events, actor, start, end), shares.get(actor, {}))
-        for actor in order_actors(events)
+        Lane(actor, _cut_spans(inside, actor, start, end), shares.get(actor, {}))
+        for actor in _choose_lanes(actors)
     ]
     together, learning = measure_overlap(events)
     steps = sorted(
@@ -213,7 +241,7 @@ def build_timeline(findings: Findings) -> Section | None:
             show_percent(together / learning) if learning else "n/a",
             f"{show_seconds(together)} of {show_seconds(learning)} of learning",
         ),
-        Fact("Whole loop", show_seconds(whole), f"{len(lanes)} actors"),
+        Fact("Whole loop", show_seconds(whole), f"{len(actors)} actors"),
     )
     gantt = Gantt(
         lanes=tuple(lanes),
@@ -221,7 +249,8 @@ def build_timeline(findings: Findings) -> Section | None:
         title=f"{window}, {show_seconds(end - start)} from the middle of the run",
         meaning="One lane an actor. Where a rollout's generate bar stands above the learner's "
         "learn bar, new answers are being sampled while older ones are learned from. The bars "
-        "on the right are the whole run.",
+        "on the right are the whole run."
+        + (f" {len(lanes)} of {len(actors)} actors are shown." if actors[LANES_SHOWN:] else ""),
     )
     return Section(
         key="timeline",
@@ -231,10 +260,18 @@ def build_timeline(findings: Findings) -> Section | None:
     )
 
 
+def _choose_lanes(actors: Sequence[str]) -> list[str]:
+    """As many as can be read, and the last ones for sure: they learn."""
+    if len(actors) <= LANES_SHOWN:
+        return list(actors)
+    last = LANES_SHOWN // 4
+    return [*actors[: LANES_SHOWN - last], *actors[-last:]]
+
+
 def _cut_spans(events: Sequence[Event], actor: str, start: float, end: float) -> tuple[Span, ...]:
     """What an actor did between `start` and `end`; what it does to many groups at once is one
     span."""
-    inside = [e for e in events if e.actor == actor and e.end > start and e.start < end]
+    inside = [e for e in events if e.actor == actor]
     single = [(e.what, e.start, e.end, e.step) for e in inside if e.what not in CONCURRENT]
     joined = [
         (what, *span, None)

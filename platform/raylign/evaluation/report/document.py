@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Tone = Literal["plain", "good", "bad", "muted"]
 
@@ -207,6 +207,17 @@ class Exchanges:
 
 
 @dataclass(frozen=True, slots=True)
+class Viewer:
+    """Completions to filter and compare."""
+
+    data: Mapping[str, Any]
+    """As `viewer.encode_samples` makes it."""
+    examples: tuple[tuple[str, ...], ...]
+    """Step, reward, prompt, text and what became of it, for where nothing can be filtered."""
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
 class Quote:
     """A piece of raw text with its origin."""
 
@@ -246,7 +257,20 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Facts | Journey | Table | Charts | Bars | Gantt | Exchanges | Quotes | Text | Code | Folded
+Block = (
+    Facts
+    | Journey
+    | Table
+    | Charts
+    | Bars
+    | Gantt
+    | Exchanges
+    | Viewer
+    | Quotes
+    | Text
+    | Code
+    | Folded
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylign.evaluation.report.timeline import Event
+from raylign.evaluation.report.sampling import NOTHING, Samples, read_samples
+from raylign.evaluation.report.timeline import ACTIVITIES, Event
 from raylign.run import Manifest, read_stage
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, read_lines
 
@@ -49,6 +50,10 @@ class Findings:
     examples: Rows
     """Rollouts of `align`."""
     results: Mapping[str, Any]
+    completions: Samples = NOTHING
+    """Of `align`, as many as a page can hold."""
+    incidents: Rows = ()
+    """What befell the actors of `align`: rows with `time` and `what`."""
 
     def seconds(self, stage: str) -> float | None:
         """Time of a stage: as the journey measured it, else as its manifest says."""
@@ -94,6 +99,8 @@ def read_findings(root: Path, machine: Mapping[str, Any] | None) -> Findings:
         events=_read_events(align / EVENTS_FILE) if align else (),
         examples=read_lines(align / "examples.jsonl") if align else [],
         results=_read(root / "evaluate" / "results.json") if "evaluate" in stages else {},
+        completions=read_samples(align / "rollouts.jsonl") if align else NOTHING,
+        incidents=_read_incidents(align / EVENTS_FILE) if align else (),
     )
 
 
@@ -111,17 +118,28 @@ def _count_vocabulary(directory: Path) -> int | None:
     return len(entries) or None
 
 
-def _read_events(file: Path) -> tuple[Event, ...]:
-    """Events with an actor and a duration, in order of time."""
-    events = [
-        Event(
-            actor=str(row["actor"]),
-            what=str(row["what"]),
-            start=float(row["start"]),
-            end=float(row["end"]),
-            step=row.get("step"),
-        )
+def _read_incidents(file: Path) -> Rows:
+    """Events that are not what actors do all day, in order of time."""
+    rows = [
+        row
         for row in read_lines(file)
-        if {"actor", "what", "start", "end"} <= row.keys() and row["end"] >= row["start"]
+        if {"time", "what"} <= row.keys() and row["what"] not in ACTIVITIES
     ]
+    return sorted(rows, key=lambda row: float(row["time"]))
+
+
+def _read_events(file: Path) -> tuple[Event, ...]:
+    """Events with an actor and a duration, and what befell an actor at one moment; in order of
+    time."""
+    events = []
+    for row in read_lines(file):
+        if {"actor", "what", "start", "end"} <= row.keys():
+            start, end = float(row["start"]), float(row["end"])
+        elif {"actor", "what", "time"} <= row.keys() and row["what"] not in ACTIVITIES:
+            start = end = float(row["time"])
+        else:
+            continue
+        if end >= start:
+            actor, what = str(row["actor"]), str(row["what"])
+            events.append(Event(actor, what, start, end, row.get("step")))
     return tuple(sorted(events, key=lambda e: (e.start, e.actor, e.end)))

@@ -23,6 +23,7 @@ from raylign.evaluation.report.document import (
     Section,
     Table,
     Text,
+    Viewer,
 )
 from raylign.evaluation.report.figures import (
     show_model,
@@ -184,7 +185,7 @@ def _render_bars(bars: Bars) -> str:
 
 def _render_gantt(gantt: Gantt) -> str:
     width = 72
-    mark = dict(zip(("generate", "score", "learn", "sync", "wait"), "gsly.", strict=True))
+    mark = {"generate": "g", "score": "s", "learn": "l", "sync": "y", "save": "v", "wait": "."}
     lines = []
     size = max((len(lane.actor) for lane in gantt.lanes), default=0)
     for lane in gantt.lanes:
@@ -201,7 +202,7 @@ def _render_gantt(gantt: Gantt) -> str:
         [_escape(lane.actor), *(show_percent(lane.shares.get(w, 0.0), 0) for w in mark)]
         for lane in gantt.lanes
     ]
-    table = _tabulate(("Whole run", *mark), rows, frozenset(range(1, 6)))
+    table = _tabulate(("Whole run", *mark), rows, frozenset(range(1, 1 + len(mark))))
     return (
         f"**{_escape(gantt.title)}.** {_escape(gantt.meaning)}\n\n"
         + _fence("\n".join([*lines, "", legend]))
@@ -217,6 +218,14 @@ def _render_exchanges(exchanges: Exchanges) -> str:
         for attempt in item.attempts:
             note = f", {_escape(attempt.note)}" if attempt.note else ""
             parts.append(f"{_escape(attempt.badge)}{note}\n\n{_fence(attempt.text)}")
+    return "\n\n".join(parts)
+
+
+def _render_viewer(viewer: Viewer) -> str:
+    parts = [_escape(viewer.meaning)]
+    for step, reward, prompt, text, fate in viewer.examples:
+        note = f" ({_escape(fate)})" if fate else ""
+        parts.append(f"Step {step}, reward {reward}{note}: {_escape(prompt)}\n\n{_fence(text)}")
     return "\n\n".join(parts)
 
 
@@ -250,6 +259,7 @@ RENDERERS: dict[type, Callable[[Any], str]] = {
     Bars: _render_bars,
     Gantt: _render_gantt,
     Exchanges: _render_exchanges,
+    Viewer: _render_viewer,
     Quotes: _render_quotes,
     Text: _render_text,
     Code: _render_code,

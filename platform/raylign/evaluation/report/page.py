@@ -1,6 +1,8 @@
-"""A document as one self-contained HTML page: no script, no network, light and dark.
+"""A document as one self-contained HTML page: no network, light and dark, and no script but that
+of the sample viewer, where there is one.
 
-Every piece of text passes through `markup.plain`; nothing of the run is trusted to be markup.
+Every piece of text passes through `markup.plain`; nothing of the run is trusted to be markup. The
+page's own policy forbids what is not in it: were there a mistake, it could load and run nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from raylign.evaluation.report.document import (
     Section,
     Table,
     Text,
+    Viewer,
 )
 from raylign.evaluation.report.figures import (
     show_model,
@@ -42,11 +45,10 @@ from raylign.evaluation.report.figures import (
 )
 from raylign.evaluation.report.markup import color, element, plain, text
 from raylign.evaluation.report.plots import draw_chart, draw_gantt
+from raylign.evaluation.report.timeline import ACTIVITIES, TROUBLE
+from raylign.evaluation.report.viewer import hash_script, read_style, render_viewer
 
-FOOTER = (
-    "Drawn by Raylign from the run directory alone. This page is one file: it loads nothing and "
-    "runs no script."
-)
+FOOTER = "Drawn by Raylign from the run directory alone. This page is one file: it loads nothing"
 STAGE_COLORS = {"pretrain": "base", "sft": "sft", "align": "rl", "evaluate": "learn"}
 MODEL_COLORS = ("base", "sft", "rl", "score", "sync", "ink")
 
@@ -54,13 +56,18 @@ MODEL_COLORS = ("base", "sft", "rl", "score", "sync", "ink")
 def render_page(document: Document) -> str:
     """The whole page."""
     style = files("raylign.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
+    alive = any(isinstance(b, Viewer) for section in document.sections for b in section.blocks)
+    allowed = hash_script() if alive else "'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}"
+    said = ", and runs its own script alone." if alive else " and runs no script."
     head = "\n".join(
         (
             '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
             text("title", document.hero.title),
-            element("style", "\n", style),
+            element("style", "\n", style, read_style() if alive else ""),
         )
     )
     links = [text("a", s.key.capitalize(), href=f"#{s.key}") for s in document.sections]
@@ -69,7 +76,7 @@ def render_page(document: Document) -> str:
             _render_hero(document.hero),
             element("nav", element("div", *links)),
             element("main", *map(_render_section, document.sections)),
-            element("footer", *(text("p", note) for note in (*document.notes, FOOTER))),
+            element("footer", *(text("p", note) for note in (*document.notes, FOOTER + said))),
         )
     )
     return (
@@ -261,9 +268,17 @@ def _render_gantt(gantt: Gantt) -> str:
     used = {span.what for lane in gantt.lanes for span in lane.spans}
     keys = [
         _render_key(what, what, kind="key hatched" if what == "wait" else "key")
-        for what in ("generate", "score", "learn", "sync", "wait")
+        for what in ("generate", "score", "learn", "sync", "save", "wait")
         if what in used
     ]
+    marks = {s.what for lane in gantt.lanes for s in lane.spans if s.start == s.end}
+    for names, hue in ((marks - TROUBLE, "ink"), (marks & TROUBLE, "bad")):
+        if names - set(ACTIVITIES):
+            shown = ", ".join(sorted(names - set(ACTIVITIES))).replace("_", " ")
+            keys.append(_render_key(shown, hue, kind="key marked"))
+    others = ", ".join(sorted(used - marks - set(ACTIVITIES)))
+    if others:
+        keys.append(_render_key(others, "muted"))
     return element(
         "figure",
         element("figcaption", text("h3", gantt.title), element("p", *keys, class_="keys")),
@@ -329,6 +344,7 @@ RENDERERS: dict[type, Callable[[Any], str]] = {
     Bars: _render_bars,
     Gantt: _render_gantt,
     Exchanges: _render_exchanges,
+    Viewer: render_viewer,
     Quotes: _render_quotes,
     Text: _render_text,
     Code: _render_code,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from raylign.evaluation.report.document import Chart, Gantt, Lane, Series
 from raylign.evaluation.report.figures import MINUS, show_percent, show_seconds, show_unit
 from raylign.evaluation.report.markup import color, element, plain, text
-from raylign.evaluation.report.timeline import ACTIVITIES
+from raylign.evaluation.report.timeline import ACTIVITIES, TROUBLE
 
 HOVER_POINTS = 80
 LINE_POINTS = 600
@@ -219,15 +219,20 @@ def _draw_window(lane: Lane, y: float, scale: float) -> list[str]:
     ]
     # What an actor is shown doing first when it does two things at once is drawn last, on top.
     rank = {what: i for i, what in enumerate(reversed(ACTIVITIES))}
+    marks: list[str] = []
     for span in sorted(lane.spans, key=lambda s: (rank.get(s.what, -1), s.start)):
         x, width = LABEL_WIDTH + span.start * scale, max((span.end - span.start) * scale, 0.8)
         step = "" if span.step is None else f", step {span.step}"
+        if span.what not in ACTIVITIES and span.end == span.start:
+            kind = "mark trouble" if span.what in TROUBLE else "mark"
+            marks.append(_draw_mark(f"{span.what}{step}", kind, x, y))
+            continue
         title = f"{span.what}{step}: {show_seconds(span.end - span.start)}"
         parts.append(_draw_block(span.what, title, x, y, width))
         if span.what == "learn" and span.step is not None and width > 52:
             spot = {"x": x + width / 2, "y": middle, "text_anchor": "middle"}
             parts.append(text("text", f"step {span.step}", class_="on", **spot))
-    return parts
+    return parts + marks
 
 
 def _draw_shares(lane: Lane, y: float) -> list[str]:
@@ -250,3 +255,10 @@ def _draw_block(what: str, title: str, x: float, y: float, width: float) -> str:
     fill = "url(#hatch)" if what == "wait" else known
     size = {"x": x, "y": y, "width": width, "height": LANE_HEIGHT, "rx": 2}
     return element("rect", text("title", title), style=f"fill:{fill}", **size)
+
+
+def _draw_mark(title: str, kind: str, x: float, y: float) -> str:
+    """A moment at which something befell an actor."""
+    tip = f"{x - 5:.1f},{y - 5:.1f} {x + 5:.1f},{y - 5:.1f} {x:.1f},{y + 3:.1f}"
+    line = element("line", x1=x, x2=x, y1=y, y2=y + LANE_HEIGHT)
+    return element("g", text("title", title), line, element("polygon", points=tip), class_=kind)

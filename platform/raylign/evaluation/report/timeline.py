@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # An actor that does two things at once is shown doing the first of these.
-ACTIVITIES = ("sync", "learn", "generate", "score", "wait")
+ACTIVITIES = ("sync", "save", "learn", "generate", "score", "wait")
+# What befalls an actor at one moment: trouble, and what happens to all of them when all is well.
+TROUBLE = frozenset({"lost", "late", "sink_off", "journal_lost", "collapse", "diverged"})
+ORDINARY = frozenset({"started", "serves"})
 
 Spans = list[tuple[float, float]]
 
@@ -83,13 +86,14 @@ def measure_shares(events: Sequence[Event]) -> dict[str, dict[str, float]]:
         return {}
     total = max(e.end for e in events) - min(e.start for e in events)
     shares: dict[str, dict[str, float]] = {}
+    done: dict[tuple[str, str], Spans] = {}
+    for event in events:
+        done.setdefault((event.actor, event.what), []).append((event.start, event.end))
     for actor in order_actors(events):
         covered: Spans = []
         shares[actor] = {}
         for what in ACTIVITIES:
-            spans = merge_spans(
-                (e.start, e.end) for e in events if (e.actor, e.what) == (actor, what)
-            )
+            spans = merge_spans(done.get((actor, what), ()))
             fresh = subtract_spans(spans, covered)
             if fresh and total > 0:
                 shares[actor][what] = measure(fresh) / total
