@@ -27,6 +27,8 @@ from raylign.rewards.panel import ONLY, Panel
 
 # A worker that has not loaded its sources by then never will.
 _START_S = 600.0
+# The same of one that is added to a run, which goes on without it.
+_JOIN_S = 120.0
 # What a worker may take beyond what it had when it was ready.
 _GROWTH = 1 << 30
 
@@ -91,7 +93,7 @@ class RewardPool:
         self._leaving = 0
         self._born = 0
         self._names = sorted(config.parts) or [ONLY]
-        self.scale(config.count)
+        self._free = [self._enlist() for _ in range(config.count)]
 
     @property
     def count(self) -> int:
@@ -103,22 +105,37 @@ class RewardPool:
         """Why workers were replaced, so far."""
         return tuple(self._budget.reasons)
 
-    def scale(self, count: int) -> None:
-        """Have `count` workers; one that is at work leaves when it is done."""
+    async def scale(self, count: int) -> str:
+        """Have `count` workers; what was done, in words. Newcomers score once they have loaded
+        their sources, and one that is at work leaves when it is done.
+
+        Raises `UserError` for less than one worker, or when newcomers do not come to serve.
+        """
         if count < 1:
-            raise UserError(f"rewards={count}: at least one worker must score")
-        while self.count < count:
-            if self._leaving:
-                self._leaving -= 1
-                continue
-            name = f"reward-{self._born}"
-            self._born += 1
-            self._workers[name] = self._spawn(name)
-            self._give_back(name)
-        self._leaving += self.count - count
+            raise UserError(f"rewards={count}: at least 1 worker must stay")
+        before = self.count
+        self._leaving -= min(self._leaving, max(count - self.count, 0))
+        newcomers = [self._enlist() for _ in range(count - self.count)]
+        found = await asyncio.gather(
+            *(asyncio.wait_for(self._load(name), _JOIN_S) for name in newcomers),
+            return_exceptions=True,
+        )
+        for name, error in zip(newcomers, found, strict=True):
+            if error is None:
+                self._give_back(name)
+            else:
+                self._dismiss(name)
+        lost = [error for error in found if error is not None]
+        if lost:
+            raise UserError(
+                f"rewards={count}: {len(lost)} of {len(found)} new workers did not come to serve, "
+                f"{self.count} do ({type(lost[0]).__name__}); is there room on the cluster?"
+            )
+        self._leaving += max(self.count - count, 0)
         while self._leaving and self._free:
             self._leaving -= 1
             self._dismiss(self._free.pop())
+        return f"{self.count} workers, {before} before"
 
     async def measure(self, trajectories: tuple[Trajectory, ...], prompt: Prompt) -> Measurement:
         """What every source says of one group.
@@ -164,9 +181,7 @@ class RewardPool:
         name = await self._borrow()
         try:
             if name not in self._memory:
-                self._memory[name] = await asyncio.wait_for(
-                    self._workers[name].load.remote(), _START_S
-                )
+                await asyncio.wait_for(self._load(name), _START_S)
             found: Measurement = await asyncio.wait_for(
                 self._workers[name].measure.remote(trajectories, prompt), self._config.timeout_s
             )
@@ -186,6 +201,15 @@ class RewardPool:
             return reason
         finally:
             self._give_back(name)
+
+    def _enlist(self) -> str:
+        name = f"reward-{self._born}"
+        self._born += 1
+        self._workers[name] = self._spawn(name)
+        return name
+
+    async def _load(self, name: str) -> None:
+        self._memory[name] = await self._workers[name].load.remote()
 
     def _replace(self, name: str, reason: str) -> None:
         ray.kill(self._workers[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.reward import RewardPool, Scores
@@ -20,13 +20,13 @@ class Judge(Protocol):
     """Judges as a source of rewards."""
 
     async def measure(
-        self, trajectories: tuple[Trajectory, ...], prompt: Prompt
+        self, trajectories: Sequence[Trajectory], prompt: Prompt
     ) -> list[float | Rejection]:
         """0 to 1 for each completion, in order, or why there is no verdict."""
         ...
 
-    def scale(self, count: int) -> None:
-        """Have `count` workers."""
+    async def scale(self, count: int) -> str:
+        """Have `count` workers; what was done, in words."""
         ...
 
     def stop(self) -> None:
@@ -89,9 +89,9 @@ class CompositeScorer:
         self._scale = RunningScale.from_dict(state)
 
     @property
-    def scalable(self) -> dict[str, Callable[[int], Any]]:
+    def scalable(self) -> dict[str, Callable[[int], Coroutine[Any, Any, str]]]:
         """What changes the number of workers, by role."""
-        found: dict[str, Callable[[int], Any]] = {}
+        found: dict[str, Callable[[int], Coroutine[Any, Any, str]]] = {}
         if self._workers is not None:
             found["rewards"] = self._workers.scale
         if self._judge is not None:

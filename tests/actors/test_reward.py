@@ -139,20 +139,18 @@ def test_workers_come_and_go_while_groups_wait(start: Start) -> None:
 
     async def go() -> tuple[float, set[str]]:
         await scorer.score((make("a"),), PROMPT)
-        groups = [asyncio.create_task(scorer.score((make("slow"),), PROMPT)) for _ in range(8)]
-        await asyncio.sleep(0.1)
-        scorer.scalable["rewards"](3)
-        assert pool.count == 3
+        groups = [asyncio.create_task(scorer.score((make("slow"),), PROMPT)) for _ in range(12)]
+        assert await scorer.scalable["rewards"](3) == "3 workers, 1 before"
         first, *_ = groups
         await first
-        scorer.scalable["rewards"](1)
+        assert await scorer.scalable["rewards"](1) == "1 workers, 3 before"
         scores = await asyncio.gather(*groups)
         return sum(len(s.scored.kept) for s in scores), {s.worker for s in scores}
 
     kept, _ = asyncio.run(go())
-    assert kept == 8 and pool.count == 1 and len(pool._workers) == 1 and not pool.failures
-    with pytest.raises(UserError, match="at least one"):
-        pool.scale(0)
+    assert kept == 12 and pool.count == 1 and len(pool._workers) == 1 and not pool.failures
+    with pytest.raises(UserError, match="at least 1 worker must stay"):
+        asyncio.run(pool.scale(0))
 
 
 class Judge:
@@ -166,7 +164,8 @@ class Judge:
     ) -> list[float | Rejection]:
         return self.says
 
-    def scale(self, count: int) -> None: ...
+    async def scale(self, count: int) -> str:
+        return "none"
 
     def stop(self) -> None:
         self.stopped = True

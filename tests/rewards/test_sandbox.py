@@ -71,8 +71,8 @@ def report(config: SandboxConfig, body: str) -> str:
         return str(process.receive(until)[1])
 
 
-SYSCALLS = {"x86_64": (101, 425, 62, 90, 310), "aarch64": (117, 425, 129, 53, 270)}
-PTRACE, IO_URING, KILL, CHMOD, READ_MEMORY = SYSCALLS.get(os.uname().machine, (0,) * 5)
+SYSCALLS = {"x86_64": (101, 425, 62, 90, 310, 240), "aarch64": (117, 425, 129, 53, 270, 180)}
+PTRACE, IO_URING, KILL, CHMOD, READ_MEMORY, QUEUE = SYSCALLS.get(os.uname().machine, (0,) * 6)
 CALL = "libc = ctypes.CDLL(None, use_errno=True)\n"
 REFUSED = "if found < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))"
 ATTACKS = {
@@ -100,6 +100,18 @@ ATTACKS = {
     "own command line": "found = open('/proc/self/cmdline', 'rb').read()",
     "kill": f"{CALL}found = libc.syscall({KILL}, {{victim}}, 9)\n{REFUSED}",
     "kill its parent": "os.kill(os.getppid(), 15)",
+    "signal through a descriptor": (
+        "import fcntl\n"
+        "end, _ = os.pipe()\n"
+        "found = fcntl.fcntl(end, 10, 9), fcntl.fcntl(end, fcntl.F_SETOWN, {victim})"
+    ),
+    "message queue": f"{CALL}found = libc.syscall({QUEUE}, b'q', 66, 384, 0)\n{REFUSED}",
+    "shared memory": f"{CALL}found = libc.shmget(7, 4096, 0o1666)\n{REFUSED}",
+    "file in memory": "found = os.memfd_create('x')",
+    "extended attribute": "found = os.setxattr('{outside}/secret', 'user.x', b'1')",
+    "times of a file": "found = os.utime('{outside}/secret', (0, 0))",
+    "directories": "found = os.mkdir('sub')",
+    "named pipe": "found = os.mkfifo('pipe')",
     "ptrace": f"{CALL}found = libc.syscall({PTRACE}, 16, {{victim}}, 0, 0)\n{REFUSED}",
     "io_uring": f"{CALL}found = libc.syscall({IO_URING}, 8, 0)\n{REFUSED}",
     "fork": "found = os.fork()",

@@ -38,7 +38,7 @@ _EPERM, _ENOSYS = 1, 38
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 
-# Calls that are let through, by architecture, and four that are looked at more closely below.
+# Calls that are let through, by architecture, and some that are looked at more closely below.
 # fmt: off
 _X86_64 = {
     "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7,
@@ -80,10 +80,12 @@ _AARCH64 = {
     "faccessat2": 439,
 }
 # fmt: on
-_EXAMINED = {"clone", "clone3", "ioctl", "prlimit64", "seccomp"}
+_EXAMINED = {"clone", "clone3", "fcntl", "ioctl", "prlimit64", "seccomp"}
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 # What a C library asks for when it starts a thread: never a process, never a namespace.
 _THREAD_FLAGS = (0x3D0F00, 0x7D0F00)
+# Duplicates, flags and locks of descriptors, and not F_SETOWN and F_SETSIG, which send signals.
+_DESCRIPTOR_CALLS = (*range(8), 36, 37, 38, 1030, 1032)
 # FIOCLEX, FIONCLEX, FIONBIO, FIONREAD, TCGETS, TIOCGWINSZ
 _QUESTIONS = (0x5451, 0x5450, 0x5421, 0x541B, 0x5401, 0x5413)
 
@@ -183,6 +185,7 @@ def compile_filter() -> bytes:
         code += _when(numbers[name], [_step(_RETURN, _ALLOW)])
     code += _when(numbers["clone3"], [_step(_RETURN, _ERRNO | _ENOSYS)])  # falls back to clone
     code += _when(numbers["clone"], _if_argument(0, _THREAD_FLAGS))
+    code += _when(numbers["fcntl"], _if_argument(1, _DESCRIPTOR_CALLS))
     code += _when(numbers["ioctl"], _if_argument(1, _QUESTIONS))
     # Limits may be asked for and not set: the pointer to new ones must be null.
     halves = [_step(_LOAD, _ARGUMENTS_AT + 8 * 2 + 4), _step(_EQUAL, 0, 1, 0)]

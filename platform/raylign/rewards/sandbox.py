@@ -3,8 +3,9 @@
 One fresh process for each completion, in a session of its own, with no environment, no files but
 the interpreter's and an empty directory that is removed, no network, no other processes, and limits
 on time, memory and output. Where the kernel cannot confine it nothing is run, unless that is asked
-for. What is left open: a completion can use up to its limits, can learn the time and the kernel's
-version, and can read the interpreter's and the system's libraries.
+for. What is left open: a completion can use all that its limits allow, on as many threads as fit
+into its memory, can read the interpreter's and the system's libraries, and can learn the time, the
+kernel's version, and of any path whether a file is there and how large it is.
 """
 
 from __future__ import annotations
