@@ -20,7 +20,7 @@ import torch
 
 from actors.rollout import Errand, Rollout, RolloutRequest, RolloutWorker
 from actors.rollout_pool import RolloutPool
-from actors.supervision import FleetExhausted, PromptLost
+from actors.supervision import Budget, FleetExhausted, PromptLost
 from actors.weights import Canary, SyncProof, WeightManifest, publish_weights
 from raylign.config import RolloutConfig, UserError
 from raylign.inference.generator import Sampling
@@ -199,29 +199,6 @@ def test_only_who_proved_a_version_serves_it(stage: Stage) -> None:
     stage.play(scenario)
 
 
-def test_a_killed_workers_groups_are_made_again_at_once(stage: Stage) -> None:
-    async def scenario(pool: RolloutPool) -> None:
-        await stage.settle(2)
-        victim = pool.names[0]
-        await asyncio.gather(*(stage.handles[n].slow_down.remote(0.02) for n in pool.names))
-        work = asyncio.create_task(stage.ask(12))
-        await asyncio.sleep(0.1)
-        stage.losses()
-        os.kill(await stage.handles[victim].pid.remote(), signal.SIGKILL)
-        killed = time.monotonic()
-        done = await work
-        assert time.monotonic() - killed < STALL_S  # by the other one: nobody waited
-        assert [len(r.trajectories) for r in done] == [2] * 12
-        assert len(reasons := stage.losses()) == 1 and reasons[0].startswith(f"{victim}: ActorDied")
-        await stage.settle(2)
-        assert victim not in pool.names
-        # The successor proved the current version, and no other, before it served.
-        successor = pool.names[-1]
-        assert [v for name, v in stage.proofs if name == successor] == [stage.version]
-
-    stage.play(scenario)
-
-
 def test_a_stopped_process_and_a_stuck_engine_are_told_by_their_pulse(stage: Stage) -> None:
     async def scenario(pool: RolloutPool) -> None:
         await stage.settle(2)
@@ -240,12 +217,19 @@ def test_a_stopped_process_and_a_stuck_engine_are_told_by_their_pulse(stage: Sta
 def test_a_prompt_that_kills_workers_is_set_aside_alone(stage: Stage) -> None:
     async def scenario(pool: RolloutPool) -> None:
         await stage.settle(2)
+        before = pool.names
+        await asyncio.gather(*(stage.handles[n].slow_down.remote(0.02) for n in before))
         bad = asyncio.create_task(pool.generate(POISON, "bad", SHORT, 2, stage.version))
-        done = await stage.ask(6)
-        assert [len(r.trajectories) for r in done] == [2] * 6
+        done = await stage.ask(12)
+        assert [len(r.trajectories) for r in done] == [2] * 12
         with pytest.raises(PromptLost, match="prompt poison is set aside: 2 workers were lost"):
             await bad
-        assert len(stage.losses()) == 2
+        reasons = stage.losses()
+        assert [reason.partition(":")[2][:10] for reason in reasons] == [" ActorDied"] * 2
+        await stage.settle(2)
+        # Successors proved the current version, and no other, before they served.
+        for successor in set(pool.names) - set(before):
+            assert [v for name, v in stage.proofs if name == successor] == [stage.version]
         assert len(await stage.ask(2)) == 2
 
     stage.play(scenario)
@@ -276,7 +260,7 @@ def test_what_nobody_waits_for_is_not_sampled(stage: Stage) -> None:
         started = time.monotonic()
         while any(member.work for member in pool._members.values()):
             await asyncio.sleep(0.05)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 6  # of the ten that it would take
         assert pool.take_idle_seconds() > 0
 
     stage.play(scenario)
@@ -326,17 +310,16 @@ def check_logprobs(model: Path, shift: float, trajectory: Any) -> None:
     np.testing.assert_allclose(trajectory.logprobs[mask], scores[mask], atol=2e-5)
 
 
-def test_unproved_weights_never_serve_and_an_empty_fleet_says_why(
-    ray_cluster: None, tiny_model: Path
-) -> None:
-    stage = Stage(tiny_model, count=1, max_restarts=0)
-    stage.open()
+def test_unproved_weights_never_serve_and_an_empty_fleet_says_why(stage: Stage) -> None:
+    """The last test of the shared stage: nobody is left after it."""
 
     async def scenario(pool: RolloutPool) -> None:
-        wrong = replace(manifest_of(tiny_model, 1, 0.0).canary, logprobs=(np.zeros(5, "f4"),))
-        lying = replace(manifest_of(tiny_model, 1, 0.0), canary=wrong)
-        late = asyncio.create_task(pool.generate(PROMPT, "g", SHORT, 2, 1))
-        why = "0 restarts allowed; the first was rollout-0: SyncError: .*canary"
+        pool._budget = Budget("rollout worker", 0)
+        lying = replace(
+            stage.next_version(), canary=Canary(((5, 6, 7, 8, 9),), (np.zeros(5, "f4"),))
+        )
+        late = asyncio.create_task(pool.generate(PROMPT, "g", SHORT, 2, stage.version))
+        why = r"0 restarts allowed; the first was rollout-\d+: SyncError: .*fails its canary"
         with pytest.raises(FleetExhausted, match=why):
             await pool.publish(lying)
         with pytest.raises(FleetExhausted):
@@ -344,15 +327,12 @@ def test_unproved_weights_never_serve_and_an_empty_fleet_says_why(
         with pytest.raises(FleetExhausted):
             await pool.generate(PROMPT, "g", SHORT, 2, 0)
 
-    try:
-        stage.play(scenario)
-    finally:
-        stage.close()
+    stage.play(scenario)
 
 
 def test_a_dealt_step_is_the_same_to_the_bit(ray_cluster: None, tiny_model: Path) -> None:
     """With vLLM, one worker and two, whatever was asked before, and though one is killed."""
-    stage = Stage(tiny_model, count=2, backend="vllm", kv_cache_mb=32, attempts=3)
+    stage = Stage(tiny_model, count=2, backend="vllm", kv_cache_mb=32, max_restarts=0, attempts=3)
     stage.open()
     requests = [
         RolloutRequest(
@@ -381,9 +361,8 @@ def test_a_dealt_step_is_the_same_to_the_bit(ray_cluster: None, tiny_model: Path
         for name in pool.names:
             await stage.handles[name].slow_down.remote(0.05)
         assert await bits(pool, kill=pool.names[1]) == first
-        assert len(stage.losses()) == 1
-        await stage.settle(2)
-        assert await bits(pool) == first
+        assert len(stage.losses()) == len(pool.names) == 1  # nobody may come in its place
+        assert await bits(pool) == first  # both shares, one after the other
         await pool.scale(1)
         alone = await bits(pool)
         await stage.ask(3)
