@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from transformers import PreTrainedTokenizerBase
 
 from actors.placement import place_rollout, require_room
 from actors.reward import Scores
@@ -34,7 +36,7 @@ from raylign.rewards.hearing import Hearings, check_judge
 from raylign.rewards.judging import JudgeTally, advise_workers
 from raylign.rewards.opinions import Judge, Opinion
 from raylign.rewards.outcomes import Rejection, Scored, reject
-from raylign.rewards.rubric import load_rubric
+from raylign.rewards.rubric import Rubric, load_rubric
 from raylign.runtime import derive_seed
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ PART = "judge"
 
 _LONGEST_CONTEXT = 8192
 """A judge's engine keeps room for one text of this length; no question needs more."""
+
+_VERDICT_TOKENS = 40
+"""Of a verdict without its reason, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,9 @@ class JudgePool:
             self._model = f"{config.endpoint} {config.endpoint_model}"
         else:
             assert config.model is not None
-            self._source = JudgeWorkers(config, model or config.model, derive_seed(seed, "judge"))
+            self._source = JudgeWorkers(
+                config, self._rubric, model or config.model, derive_seed(seed, "judge")
+            )
             self._model = f"{content or config.model} {config.rollout.dtype}"
         self._hearings: Hearings | None = None
         self._judge: Judge | None = None
@@ -233,7 +240,7 @@ class JudgeEndpoint:
 class JudgeWorkers:
     """Asks workers that serve the judge's own weights, through its own chat template."""
 
-    def __init__(self, config: JudgeConfig, model: Path, seed: int) -> None:
+    def __init__(self, config: JudgeConfig, rubric: Rubric, model: Path, seed: int) -> None:
         """Raises `UserError` when the longest verdict leaves no room for a question."""
         self._config, self._options = config, place_rollout(config.rollout)
         self._tokenizer = load_tokenizer(model)
@@ -245,7 +252,12 @@ class JudgeWorkers:
                 f"{max_length} tokens of {model}; lower it"
             )
         self.controls = tuple(list_special_tokens(self._tokenizer))
-        self._sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
+        schema = None
+        if config.rollout.backend == "vllm" and _spells_json(self._tokenizer):
+            schema = json.dumps(rubric.schema(max(config.max_tokens - _VERDICT_TOKENS, 0)))
+        self._sampling = Sampling(
+            temperature=config.temperature, max_tokens=config.max_tokens, schema=schema
+        )
         self._names = (f"question-{number}" for number in itertools.count())
 
         def spawn(name: str) -> Any:
@@ -319,3 +331,9 @@ class JudgeWorkers:
         return UserError(
             f"align.judge.rollout: {error}; see its worker's log, and check model and memory"
         )
+
+
+def _spells_json(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """A vocabulary of whole words could not begin what it is held to."""
+    verdict = '{"reason":"a","score":10}'
+    return verdict in tokenizer.decode(tokenizer(verdict)["input_ids"], skip_special_tokens=True)

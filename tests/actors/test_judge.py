@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.judge import JudgePool, Tempo
 from raylign.config import JudgeConfig, UserError
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Rejection
+from tests.conftest import TEMPLATE
 from tests.inference.service import Asked, Service, Told, serve
 
 PROMPT = Prompt("p", (5,), "Say a number.", "7")
@@ -306,35 +309,40 @@ def lengthen(model: Path, directory: Path) -> Path:
     return directory
 
 
-def make_parrot(model: Path, directory: Path) -> Path:
-    """A model that answers everything with the same verdict: each token decides the next one."""
-    from safetensors.torch import load_file, save_file
-
-    lengthen(model, directory)
-    saying, end, answering = '{"score":7}', 1, 3
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    spoken = vocabulary[saying] = vocabulary.pop("w0")
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    weights = load_file(directory / "model.safetensors")
-    for name, tensor in weights.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            tensor.zero_()  # attention and feed-forward layers add nothing
-    # Token t is direction t; the head, which must not be the embedding, maps it to the next token.
-    rows = len(weights["model.embed_tokens.weight"])
-    weights["model.embed_tokens.weight"].copy_(torch.eye(rows, 64))
-    head = torch.zeros(rows, 64)
-    head[spoken, answering] = head[end, spoken] = 9.0
-    weights["lm_head.weight"] = head
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+def make_speller(directory: Path) -> Path:
+    """A random model that reads and writes single bytes, so it can be held to a form."""
+    special = ["<pad>", "<eos>", "<user>", "<assistant>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelling = Tokenizer(models.BPE({t: i for i, t in enumerate([*special, *letters])}, []))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    spelling.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=spelling, pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=4096,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    ).save_pretrained(directory)
     return directory
 
 
 def judge_with(model: Path, directory: Path, **keys: Any) -> JudgePool:
     rollout = {"count": 1, "cpus": 0.2, "kv_cache_mb": 16, **keys.pop("rollout", {})}
-    config = JudgeConfig(model=model, rollout=rollout, max_tokens=8, **keys)
+    config = JudgeConfig(model=model, rollout=rollout, **keys)
     return JudgePool(config, directory, seed=3, tempo=SWIFT)
 
 
@@ -343,7 +351,8 @@ def test_a_vllm_judge_that_babbles_gives_no_marks(
     ray_cluster: None, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = lengthen(tiny_model, tmp_path / "model")
-    pool = judge_with(model, tmp_path / "verdicts", attempts=2, max_calls=11, temperature=1.0)
+    keys = {"attempts": 2, "max_calls": 11, "temperature": 1.0, "max_tokens": 8}
+    pool = judge_with(model, tmp_path / "verdicts", **keys)
 
     async def scenario() -> Any:
         try:
@@ -362,40 +371,35 @@ def test_a_vllm_judge_that_babbles_gives_no_marks(
 
 
 @pytest.mark.slow
-def test_workers_come_with_the_queue_and_go_when_idle(
-    ray_cluster: None, tiny_model: Path, tmp_path: Path
-) -> None:
-    model = make_parrot(tiny_model, tmp_path / "model")
-    pool = judge_with(
-        model,
-        tmp_path / "verdicts",
-        most=2,
-        scale_queue=4,
-        concurrency=2,
-        rollout={"backend": "transformers"},
-    )
+def test_a_judge_held_to_its_form_grows_with_the_queue(ray_cluster: None, tmp_path: Path) -> None:
+    keys = {"most": 2, "scale_queue": 4, "concurrency": 2, "temperature": 1.0, "max_tokens": 44}
+    pool = judge_with(make_speller(tmp_path / "model"), tmp_path / "verdicts", **keys)
 
     async def scenario() -> Any:
         try:
             await pool.start()
-            numbers: list[float | Rejection] = []
-            sizes = {pool.take_metrics()["judge/workers"]}
-            for round_ in range(100):
-                texts = [f"w{n} round {round_}" for n in range(16)]
-                numbers += await pool.measure(complete(*texts), PROMPT)
-                sizes.add(pool.take_metrics()["judge/workers"])
-                if 2 in sizes:
-                    break
+            found: list[float | Rejection] = []
+            taken = [pool.take_metrics()]
+            while taken[-1]["judge/workers"] < 2:
+                texts = [f"answer {n} of round {len(taken)}" for n in range(16)]
+                found += await pool.measure(complete(*texts), PROMPT)
+                taken.append(pool.take_metrics())
             while pool.take_metrics()["judge/workers"] > 1:
                 await asyncio.sleep(0.1)
             with pytest.raises(UserError, match="judges=0: at least 1 worker must stay"):
                 await pool.scale(0)
             with pytest.raises(UserError, match="999 more would need"):
                 await pool.scale(1000)
-            return numbers, sizes, await pool.scale(1)
+            return found, taken, await pool.scale(1)
         finally:
             pool.stop()
 
-    numbers, sizes, said = asyncio.run(asyncio.wait_for(scenario(), 180))
-    assert numbers and all(number == pytest.approx(6 / 9) for number in numbers)
-    assert sizes == {1, 2} and said == "1 -> 1 workers"
+    found, taken, said = asyncio.run(asyncio.wait_for(scenario(), 180))
+    assert said == "1 -> 1 workers"
+    # Random weights know nothing, but their verdicts can be read, almost all at once.
+    calls, retries = (sum(m[f"judge/{name}"] for m in taken) for name in ("calls", "retries"))
+    assert calls >= 16 and retries <= 0.1 * calls
+    marks = [value for value in found if not isinstance(value, Rejection)]
+    assert {round(mark * 9, 6) for mark in marks} <= set(range(10)) and len(set(marks)) > 3
+    silent = {value.detail for value in found if isinstance(value, Rejection)}
+    assert silent <= {"by its own word"}

@@ -22,6 +22,7 @@ MARKS = [
     ('{"score": "abstain"}', None),
     ('{"details": {"score": 3}, "score": 4}', 3 / 9),
     ('{"score": 1e0}', 0.0),
+    ('{"reason": "two\nlines", "score": 4}', 3 / 9),
 ]
 UNREADABLE = [
     ("", "no JSON"),

@@ -35,6 +35,9 @@ class Sampling:
     """Of this request alone; None draws from the generator's own stream."""
     stop: tuple[int, ...] = ()
     """Token ids that end a completion besides those that end the model's turn."""
+    schema: str | None = None
+    """JSON schema that the completion must follow, without blanks between its parts; vLLM only. One
+    that was taken back starts over."""
 
     def seed_of(self, index: int, drawn: int) -> int | None:
         """Seed of completion `index` of the request, of which `drawn` tokens are there already:

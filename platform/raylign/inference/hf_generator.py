@@ -74,6 +74,8 @@ class TransformersGenerator:
             raise ValueError(
                 f"prompt {key} has {len(prompt)} tokens; the context holds {self.max_length}"
             )
+        if sampling.schema is not None:
+            raise ValueError(f"prompt {key}: only backend=vllm holds a completion to a schema")
         begun: list[Sample | None] = list(partial) if partial else [None] * count
         room = min(sampling.max_tokens, self.max_length - len(prompt))
         self._groups[key] = [None] * count

@@ -59,7 +59,7 @@ class VLLMGenerator:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         try:
             from vllm import EngineArgs, SamplingParams
-            from vllm.sampling_params import RequestOutputKind
+            from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
             from vllm.v1.engine import FinishReason
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
@@ -70,6 +70,7 @@ class VLLMGenerator:
         if not (model / "config.json").is_file():
             raise UserError(f"{model} is no model directory: it has no config.json")
         self._sampling_params, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
+        self._structure = StructuredOutputsParams
         self._aborted = FinishReason.ABORT
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
@@ -91,6 +92,8 @@ class VLLMGenerator:
             # The distribution that tokens are drawn from, temperature and top-k/p included.
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            # Else a weak model may fill a whole completion with blanks and still follow its schema.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             **({"gpu_memory_utilization": gpu_memory_share} if on_gpu and gpu_memory_share else {}),
         )
         with _llvmlite_out_of_sight():
@@ -120,6 +123,8 @@ class VLLMGenerator:
             )
         # vLLM could make several completions of one request, but gives them neighbouring seeds.
         begun: list[Sample | None] = list(partial) if partial else [None] * count
+        if sampling.schema is not None:  # a schema is followed from its beginning
+            begun = [None if s and s.finish_reason == "abort" else s for s in begun]
         group = _Group([None] * count, begun, {})
         for index, sample in enumerate(begun):
             if sample is not None and sample.finish_reason != "abort":
@@ -138,6 +143,9 @@ class VLLMGenerator:
                 flat_logprobs=True,
                 detokenize=False,
                 output_kind=self._final,
+                structured_outputs=self._structure(json=sampling.schema)
+                if sampling.schema is not None
+                else None,
             )
             request = next(self._keys)
             inside = self._engine.add_request(

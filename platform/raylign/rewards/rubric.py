@@ -138,15 +138,19 @@ class Rubric:
         body = _PLACE.sub(place, self.template)
         return "\n\n".join([_PREFACE.format(code=code), body, form])
 
-    def schema(self) -> dict[str, Any]:
-        """JSON schema of a verdict, for servers that can hold a model to one."""
+    def schema(self, longest: int | None = None) -> dict[str, Any]:
+        """JSON schema of a verdict, for servers that can hold a model to one; `longest` bounds the
+        characters of its reason, which not all of them understand."""
         low, high = self.scale
         mark: dict[str, Any] = {"type": ["integer", "null"], "enum": [*range(low, high + 1), None]}
         choice = {"type": "string", "enum": ["first", "second", "tie", "abstain"]}
         verdict = {"better": choice} if self.compare else {"score": mark}
+        reason: dict[str, Any] = {"type": "string"}
+        if longest is not None:
+            reason["maxLength"] = longest
         return {
             "type": "object",
-            "properties": {"reason": {"type": "string"}} | verdict,
+            "properties": {"reason": reason} | verdict,
             "required": ["reason", *verdict],
             "additionalProperties": False,
         }

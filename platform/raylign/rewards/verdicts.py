@@ -76,7 +76,10 @@ def _read_object(text: str) -> dict[str, Any]:
     text = _THOUGHT.sub("", text)
     if text.lstrip().startswith("<think>"):
         raise Unreadable("the thought has no end")
-    decoder = json.JSONDecoder(object_pairs_hook=_to_dict, parse_constant=_refuse_constant)
+    # Not strict: models break lines inside of a text without saying so.
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_to_dict, parse_constant=_refuse_constant, strict=False
+    )
     found: dict[str, Any] | None = None
     start = end = 0
     while match := _OPENING.search(text, start):
