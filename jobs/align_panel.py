@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 LAST_ROWS = 10
-ROLES = ("rollouts", "rewards", "judges", "learners")
 
 Metrics = Mapping[str, float]
 
@@ -105,17 +104,15 @@ def _list_rewards(metrics: Metrics) -> Iterable[str]:
 
 
 def _list_workers(metrics: Metrics) -> list[str]:
-    counts = [
-        f"{metrics[f'workers/{role}']:.0f} {role}"
-        for role in ROLES
-        if metrics.get(f"workers/{role}")
-    ]
-    restarts = {
-        name.removeprefix("restarts/"): count
-        for name, count in metrics.items()
-        if name.startswith("restarts/") and count
-    }
-    return counts + [f"{count:.0f} restarts of {role}" for role, count in sorted(restarts.items())]
+    def list_counts(prefix: str, shape: str) -> list[str]:
+        return [
+            shape.format(count, name.removeprefix(prefix))
+            for name, count in sorted(metrics.items())
+            if name.startswith(prefix) and count
+        ]
+
+    workers = list_counts("workers/", "{1} {0:.0f}")
+    return workers + list_counts("restarts/", "restarts of {1} {0:.0f}")
 
 
 def _list_samples(metrics: Metrics) -> list[str]:

@@ -32,21 +32,24 @@ def list_rollouts(
     """A row for each completion of a step, in the order of `groups`; then for what the batch holds
     besides.
 
-    version: of the policy that learned. `left_out` says why a completion was not learned from; of
-    one that was rejected no more is known. With `spell`, which gives the text of each token, some
+    version: of the policy that learned. The batch's record has `drops`: request, reason and number.
+    `left_out` says why a completion was not learned from; of one that was rejected no more is
+    known. With `spell`, which gives the text of each token, some
     completions have `tokens` too: token ids, texts, log-probs and gaps from their first sampled
     token on.
     """
     numbers = _number_rows(batch)
     reasons: dict[str, dict[str, None]] = {}
-    for drop in batch.record.get("drops", ()):
-        reasons.setdefault(str(drop["request"]), {})[str(drop["reason"])] = None
+    for dropped, reason, _ in batch.record.get("drops", ()):
+        reasons.setdefault(dropped, {})[reason] = None
     rows: list[dict[str, Any]] = []
     placed: list[tuple[str, Trajectory, int | None]] = []
     for group in groups:
         for trajectory in group.trajectories:
             found = numbers.get(_identify(trajectory))
             place = found.pop(0) if found else None
+            if place is not None:
+                trajectory = batch.trajectories[place]  # its reward may have been scaled since
             placed.append((group.request or trajectory.group_id, trajectory, place))
     left = sorted(place for found in numbers.values() for place in found)
     placed += [(batch.trajectories[i].group_id, batch.trajectories[i], i) for i in left]

@@ -64,11 +64,9 @@ def make_step(step: int) -> tuple[list[Group], LearnerBatch, LearnerReport]:
         ),
     ]
     admitted = admit(groups, needs_groups=True, needs_spread=True, version=4, max_staleness=1)
-    drops = [
-        {"request": d.request, "reason": d.reason, "completions": d.completions}
-        for d in admitted.drops
-    ]
-    batch = LearnerBatch(step, admitted.trajectories, admitted.groups, {}, {"drops": drops})
+    drops = [[drop.request, drop.reason, drop.completions] for drop in admitted.drops]
+    scaled = tuple(replace(t, reward=2 * (t.reward or 0)) for t in admitted.trajectories)
+    batch = LearnerBatch(step, scaled, admitted.groups, {}, {"drops": drops})
     gap = np.array([math.nan, math.nan, 1e-6, math.nan, -3e-6], np.float32)
     report = LearnerReport(
         metrics={},
@@ -107,7 +105,7 @@ def test_every_completion_has_a_row_and_its_fate() -> None:
     ]
     first = rows[0]
     assert first["prompt"] == "what is 0?" and first["reference"] == "0"
-    assert (first["reward"], first["parts"], first["versions"]) == (1.0, {"correct": 1.0}, [3, 4])
+    assert (first["reward"], first["parts"], first["versions"]) == (2.0, {"correct": 1.0}, [3, 4])
     assert (first["worker"], first["turns"], first["sampled_tokens"]) == ("rollout-0", 1, 2)
     assert first["mismatch"] is None and rows[1]["mismatch"] == pytest.approx(2e-6)
     assert rows[1]["tokens"] == {
@@ -295,7 +293,7 @@ def test_the_panel_says_what_was_measured_and_no_more() -> None:
         )
     )
     assert "0.875  correct 0.750" in shown and "turns" not in shown
-    assert "3 rollouts  1 restarts of rollouts" in shown
+    assert "rollouts 3  restarts of rollouts 1" in shown
     assert "1,234 dispatched = 1,200 trained + 4 dropped + 30 in flight" in shown
     assert "policy" not in shown and "nan" not in shown
     assert draw(draw_panel({})).strip() == ""

@@ -135,12 +135,7 @@ _CURVES: tuple[tuple[str, dict[str, tuple[str, str]], str, dict[str, Any]], ...]
     ),
     (
         "Workers",
-        {
-            "workers/rollouts": ("rollouts", "generate"),
-            "workers/rewards": ("rewards", "score"),
-            "workers/judges": ("judges", "sync"),
-            "workers/learners": ("learner ranks", "learn"),
-        },
+        {},
         "Workers of each kind. There are more or fewer while the run goes on because somebody "
         "asked, because one side kept waiting for the other, or because one was lost.",
         {"floor": 0.0},
@@ -148,11 +143,17 @@ _CURVES: tuple[tuple[str, dict[str, tuple[str, str]], str, dict[str, Any]], ...]
 )
 
 
+# Of these curves, the series that the run names itself begin with this.
+_FAMILIES = {"Reward": "reward/", "Workers": "workers/"}
+_FAMILY_COLORS = ("generate", "score", "learn", "sync", "ink", "data")
+
+
 def build_curves(findings: Findings) -> Section | None:
     """Small multiples of everything that was logged."""
     charts = []
     for title, metrics, meaning, options in _CURVES:
-        metrics = metrics | _name_parts(findings) if title == "Reward" else metrics
+        if title in _FAMILIES:
+            metrics = metrics | _list_family(findings, _FAMILIES[title], metrics)
         found = {m: findings.column("align", m) for m in metrics}
         series: list[Series] = []
         for metric, (name, color) in metrics.items():
@@ -172,15 +173,15 @@ def build_curves(findings: Findings) -> Section | None:
     )
 
 
-def _name_parts(findings: Findings) -> dict[str, tuple[str, str]]:
-    """The parts of the reward that are the user's own, with a colour each."""
-    known = {"reward/total", "reward/std", "reward/correct", "reward/format"}
+def _list_family(
+    findings: Findings, prefix: str, known: Mapping[str, tuple[str, str]]
+) -> dict[str, tuple[str, str]]:
+    """Names and colours of the logged metrics that begin with `prefix`, besides those `known`."""
     keys = {key for row in findings.metrics.get("align", ()) for key in row}
-    names = sorted(key for key in keys - known if key.startswith("reward/"))
-    colors = ("score", "sync", "learn", "generate", "ink", "data")
+    names = sorted(key for key in keys - {*known, "reward/std"} if key.startswith(prefix))
     return {
-        name: (name.removeprefix("reward/"), color)
-        for name, color in zip(names, colors, strict=False)
+        name: (name.removeprefix(prefix), color)
+        for name, color in zip(names, _FAMILY_COLORS, strict=False)
     }
 
 
