@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,6 @@ class LearnerGroup:
     def __init__(self, config: Any, spawn: Any, *, seed: int = 0, kept: Path | None = None) -> None:
         """spawn: makes the actor of a rank, with nothing to be waited for. seed: of minibatches.
         kept: where batches that diverged are put."""
-        if isinstance(spawn, AlignConfig):  # the order in which the align job gives them
-            config, spawn = spawn, config
         self._config, self._spawn, self._seed, self._kept = config, spawn, seed, kept
         self._algorithm, _ = resolve_algorithm(config.algorithm)
         self._canary: tuple[tuple[int, ...], ...] = ()
@@ -91,12 +88,16 @@ class LearnerGroup:
         self.version = 0
 
     async def start(
-        self, canary: Sequence[tuple[int, ...]], checkpoint: Path | None = None
+        self,
+        canary: Sequence[tuple[int, ...]],
+        checkpoint: Path | None = None,
+        version: int | None = None,
     ) -> WeightManifest:
         """Spawn and join the ranks, go on from a checkpoint if there is one, and publish.
 
-        canary: sequences to prove syncs with. Raises `UserError` for a checkpoint that is damaged
-        or of another model.
+        canary: sequences to prove syncs with. version: what the policy is called from here on, for
+        one that was rolled back; versions of workers only grow. Raises `UserError` for a checkpoint
+        that is damaged or of another model.
         """
         self._canary = tuple(canary[:CANARY_SEQUENCES])
         self._workers = [self._spawn(rank) for rank in range(self._config.learner.count)]
@@ -104,24 +105,21 @@ class LearnerGroup:
         places = await self._ask("place", deadline_s=deadline)
         self.processes = {rank: process for rank, (process, _) in enumerate(places)}
         address = places[0][1]
-        [self.version, *_] = await self._ask("start", address, checkpoint, deadline_s=deadline)
+        asked = (address, checkpoint, version)
+        [self.version, *_] = await self._ask("start", *asked, deadline_s=deadline)
         return await self.publish()
 
-    async def restart(self, checkpoint: Path | None) -> WeightManifest:
-        """End all ranks, and start others from a checkpoint, or from the beginning."""
+    async def restart(self, checkpoint: Path | None, version: int | None = None) -> WeightManifest:
+        """End all ranks, and start others from a checkpoint, or from the beginning; see `start`."""
         self.stop()
-        return await self.start(self._canary, checkpoint)
+        return await self.start(self._canary, checkpoint, version)
 
-    async def update(
-        self, step: Step | Sequence[Trajectory], *_: Any, lr: float | None = None
-    ) -> LearnerReport:
+    async def update(self, step: Step) -> LearnerReport:
         """One update on the whole batch, split over ranks, minibatches and micro-batches.
 
         Raises `DivergenceError` when a gradient was no number: that optimizer step was taken by no
         rank, but ones before it may have been, so the group must be restarted.
         """
-        if not isinstance(step, Step):  # the controller's (trajectories, advantages, weights, lr)
-            step = _make_step(step, _[-1] if lr is None else lr)
         tasks = self._deal(step)
         reports = await self._ask("update", each=tasks)
         if isinstance(reports[0], Diverged):
@@ -144,13 +142,10 @@ class LearnerGroup:
         found: WeightManifest = manifest
         return found
 
-    async def save(self, root: Path, progress: Mapping[str, Any] | None = None) -> list[Event]:
+    async def save(self, root: Path, progress: Mapping[str, Any]) -> list[Event]:
         """A checkpoint of the current version below `root`, `step-VERSION`, with `progress` (JSON)
         in its manifest. Asynchronous ones go on beside the next update. What became of saves since
         the last call: a failed one raises nothing."""
-        if progress is None:  # the controller's: a plain directory
-            await self._ask("save_model", root)
-            return []
         [events, *_] = await self._ask("save", root, dict(progress))
         found: list[Event] = events
         return found
@@ -251,17 +246,3 @@ def spawn_learner_worker(
     """Start one rank's actor with the given Ray resources; the rest as `LearnerWorker`."""
     actor = ray.remote(concurrency_groups={"health": 1}, **options)(LearnerWorker)
     return actor.remote(rank, config.learner.count, model, config, seed, transport)
-
-
-def spawn_learner_workers(
-    options: Mapping[str, Any], model: Path, config: AlignConfig, seed: int = 0
-) -> Spawn:
-    """What `LearnerGroup` spawns ranks with."""
-    return partial(spawn_learner_worker, options=options, model=model, config=config, seed=seed)
-
-
-def _make_step(trajectories: Sequence[Trajectory], lr: float) -> Step:
-    names = {
-        name: number for number, name in enumerate(dict.fromkeys(t.group_id for t in trajectories))
-    }
-    return Step(tuple(trajectories), tuple(names[t.group_id] for t in trajectories), lr, lr)

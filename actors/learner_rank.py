@@ -32,7 +32,7 @@ from raylign.algorithms.policy import Coefficients
 from raylign.config import AlgorithmConfig, AlignConfig
 from raylign.models.adapters import find_adaptation
 from raylign.models.assembly import ModelPlan
-from raylign.models.loading import load_model, load_tokenizer, pad_id, save_model
+from raylign.models.loading import load_model, load_tokenizer, pad_id
 from raylign.records import Trajectory
 from raylign.training.checkpoints import Event
 from raylign.training.critic import Critic, build_critic
@@ -141,8 +141,11 @@ class LearnerWorker:
     def ping(self) -> None:
         """Answered by another thread than the one that learns."""
 
-    def start(self, address: str, checkpoint: Path | None = None) -> int:
-        """Join the process group and build the engines; go on from a checkpoint. The version."""
+    def start(
+        self, address: str, checkpoint: Path | None = None, version: int | None = None
+    ) -> int:
+        """Join the process group and build the engines; go on from a checkpoint, as another
+        `version` if one is given. The version."""
         config = self._config
         torch.set_num_threads(config.learner.threads)
         on_gpu = config.learner.gpus > 0
@@ -166,6 +169,8 @@ class LearnerWorker:
         self._build()
         if checkpoint is not None:
             self._state.restore(checkpoint)
+        if version is not None:
+            self._learner.restore(version)
         return self._learner.version
 
     def _build(self) -> None:
@@ -247,13 +252,6 @@ class LearnerWorker:
         """`model/` and, of an adapted policy, `adapter/` in `output`, as training stages leave
         them; what the summary says of it."""
         return export_stage(self._learner.engine, self._tokenizer, output)
-
-    def save_model(self, directory: Path) -> None:
-        """The policy as a plain Hugging Face directory, an adapter folded in."""
-        engine = self._learner.engine
-        weights = engine.weights()
-        if self._rank == 0:
-            save_model(weights, engine.lm.config, self._tokenizer, directory)
 
 
 def _describe_adapter(learner: PolicyLearner) -> AdapterSpec:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -24,7 +25,7 @@ from learning import make_trajectories
 
 from actors.learner import LearnerGroup, Step, spawn_learner_worker
 from actors.ranks import LearnerLost
-from actors.weights import WeightManifest, receive_weights
+from actors.weights import AdapterSpec, WeightManifest, receive_weights
 from raylign.config import AlignConfig
 from raylign.models.loading import load_model
 from raylign.models.logprobs import score_tokens
@@ -36,10 +37,10 @@ from raylign.training.heartbeat import read_birth
 
 pytestmark = pytest.mark.slow
 CANARY = [(5, 6, 7, 8), (9, 10, 11)]
-TIMEOUT_S = 6.0
+TIMEOUT_S = 8.0
 
 
-def make_config() -> AlignConfig:
+def make_config(**changes: Any) -> AlignConfig:
     given: dict[str, Any] = {
         "algorithm": {"name": "ppo", "updates_per_batch": 2, "minibatches": 2},
         "learner": {"count": 2, "cpus": 0.2, "token_budget": 64, "deadline_s": 60.0},
@@ -50,7 +51,7 @@ def make_config() -> AlignConfig:
         "mismatch_sample": 3,
         "checkpoints": {"asynchronous": False},
     }
-    return AlignConfig.model_validate(given)
+    return AlignConfig.model_validate(given | changes)
 
 
 def make_group(model: Path, config: AlignConfig, kept: Path) -> LearnerGroup:
@@ -58,7 +59,8 @@ def make_group(model: Path, config: AlignConfig, kept: Path) -> LearnerGroup:
         "num_cpus": 0.2,
         "runtime_env": {"env_vars": worker_env() | {"OMP_NUM_THREADS": "1"}},
     }
-    spawn = partial(spawn_learner_worker, options=options, model=model, config=config, seed=3)
+    given = {"options": options, "model": model, "config": config}
+    spawn = partial(spawn_learner_worker, **given, seed=3, transport="shared_memory")
     return LearnerGroup(config, spawn, seed=7, kept=kept)
 
 
@@ -200,3 +202,43 @@ async def lose(
         while True:  # it may take a moment to die
             await group.update(step)
     return caught.value, time.monotonic() - started
+
+
+def test_an_adapter_is_learned_published_and_saved_alone(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One rank, pairs, asynchronous checkpoints; and a version of one's own choice."""
+    config = make_config(
+        algorithm={"name": "online_dpo"},
+        peft="lora",
+        adapter={"rank": 4},
+        transfer={"adapter_only": True},
+        learner={"count": 1, "cpus": 0.2, "token_budget": 64},
+        checkpoints={"asynchronous": True},
+    )
+    step = make_step(tiny_model, 0)
+
+    async def scenario(group: LearnerGroup) -> Any:
+        first = await group.start(CANARY, version=5)
+        report = await group.update(step)
+        assert await group.save(tmp_path / "checkpoints", {}) == []  # it goes on beside
+        events = await group.settle()
+        last = await group.publish()
+        await group.export(tmp_path)
+        return first, last, (read(first), read(last)), report, events
+
+    first, last, (before, after), report, events = play(
+        make_group(tiny_model, config, tmp_path), scenario
+    )
+    assert (first.version, last.version) == (5, 6)
+    assert first.adapter == last.adapter == AdapterSpec(4, 8.0, first.adapter.targets)
+    assert {"q_proj", "down_proj"} <= set(first.adapter.targets)
+    assert all(".lora_A." in name or ".lora_B." in name for name in after)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert report.metrics["rewards/margin"].count == 3
+    assert [event["what"] for event in events] == ["checkpoint"]
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in after.items())
+    assert saved.keys() == after.keys()
+    assert (tmp_path / "checkpoints/step-00000006/hf/adapter_config.json").is_file()
+    assert load_model(tmp_path / "model").num_parameters() > 0

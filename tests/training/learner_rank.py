@@ -39,12 +39,10 @@ class Case:
 
 CASES = {
     "torch-ppo": Case(TORCH, "ppo", passes=2, minibatches=2),
-    "torch-lora": Case(TORCH, peft="lora"),
     "zero1-ppo": Case(ZERO1, "ppo", passes=2, minibatches=2),
-    "zero1-lora": Case(ZERO1, peft="lora"),
+    "zero1-lora": Case(ZERO1, "rloo", peft="lora", passes=2),
     "zero3-ppo": Case(ZERO3, "ppo", passes=2, minibatches=2),
-    "zero3-lora": Case(ZERO3, peft="lora", resumes=False),
-    "zero3-dpo": Case(ZERO3, "online_dpo", resumes=False),
+    "zero3-lora": Case(ZERO3, "online_dpo", peft="lora", resumes=False),
 }
 BEFORE, AFTER = 2, 2
 
@@ -119,7 +117,7 @@ def run_case(case: Case, directory: Path, model: Path, rank: int, world: int) ->
 def refuse(directory: Path, model: Path, rank: int, world: int) -> str:
     """A checkpoint of another learner."""
     [checkpoint] = list_checkpoints(directory)
-    runner = Runner(CASES["torch-lora"], model, rank, world)
+    runner = Runner(Case(TORCH), model, rank, world)
     try:
         runner.state.restore(checkpoint)
     except UserError as error:

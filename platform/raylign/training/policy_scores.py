@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from raylign.models.adapters import without_adapter
+from raylign.models.adapters import find_adaptation, without_adapter
 from raylign.models.logprobs import score_tokens
 from raylign.records import Batch
 from raylign.training.engine import Engine
@@ -76,8 +76,10 @@ class PolicyScores:
 
     @torch.no_grad()
     def reference(self, batch: Batch | None) -> torch.Tensor | None:
-        """Log-probs [B, T] of the reference."""
+        """Log-probs [B, T] of the reference. Raises `ValueError` when there is none."""
         if self._reference is None:
+            if find_adaptation(self._engine.lm) is None:
+                raise ValueError("this step needs a reference policy, and none was loaded")
             with without_adapter(self._engine.lm):
                 return self.old(batch)
         if batch is None:
