@@ -9,39 +9,45 @@ proved on a worker, and to such workers alone; versions only grow, so no sample 
 more than `max_staleness` versions old, by construction. With 0, generation and learning take turns.
 With 1 or more, the next steps' groups are generated while the learner learns, and weights change
 under them in flight.
+
+Nothing is lost on the way: every completion stands in the ledger, every batch is on disk before it
+is learned from, and whoever goes on after a death, of a worker, a rank or this loop, begins where
+it was.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-
-from actors.buffer import Admitted, Group, admit, count_staleness
-from actors.learner import LearnerGroup, LearnerReport, resolve_algorithm
-from actors.reward import RewardPool
-from actors.rollout import RolloutPool
-from actors.weights import SyncProof, WeightManifest
-from raylign.algorithms.weighting import token_weights
+from actors.buffer import Admitted, Drop, Group, admit
+from actors.control import Answer, ControlDesk, Wish
+from actors.dispatch import Dispatcher, PromptSource, Scorer
+from actors.durable_learner import DurableLearner
+from actors.journal import Journal
+from actors.learner import LearnerReport
+from actors.learner_rank import resolve_algorithm
+from actors.ledger import LEDGER_FILE, NOTHING_SETTLED, Ledger, Totals
+from actors.measurement import measure_step
+from actors.placement import place_rollout, require_room
+from actors.rollout_pool import RolloutPool
+from actors.run_files import Branch, RunFiles, Start, next_branch
+from actors.scaling import Balance
+from actors.supervision import BudgetSpent
+from actors.weights import WeightManifest
+from raylign.algorithms.kl import AdaptiveKL
 from raylign.config import AlignConfig, UserError
-from raylign.inference.generator import Sampling
-from raylign.records import Prompt
+from raylign.training.batches import LearnerBatch
+from raylign.training.engine import DivergenceError
+from raylign.training.guards import Guard
 from raylign.training.schedule import learning_rate
 
-
-class Journal(Protocol):
-    """Who hears of what happens."""
-
-    def event(self, **fields: Any) -> None: ...
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def examples(self, step: int, groups: Sequence[Group], version: int) -> None: ...
+UNDONE = "rolled back"
+_ASK_S = 0.5  # between two looks at the user's wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,210 +55,327 @@ class Crew:
     """The actors of a run."""
 
     rollouts: RolloutPool
-    rewards: RewardPool
-    learner: LearnerGroup
+    scorer: Scorer
+    learner: DurableLearner
 
 
 class Controller:
-    """Runs `config.steps` steps over the prompts that `choose(step)` names."""
+    """Runs `config.steps` steps, and leaves the policy in the stage's directory."""
 
     def __init__(
         self,
         config: AlignConfig,
         crew: Crew,
-        choose: Callable[[int], Sequence[Prompt]],
+        source: PromptSource,
         journal: Journal,
-        checkpoint: Callable[[int], Path],
+        files: RunFiles,
     ) -> None:
-        self._config, self._crew, self._choose, self._journal = config, crew, choose, journal
-        self._checkpoint = checkpoint
-        self._algorithm, _ = resolve_algorithm(config.algorithm)
-        self._sampling = Sampling(**config.sampling.model_dump())
-        self._groups: dict[int, list[asyncio.Task[Group]]] = {}
-        self._dispatched = 0
+        self._config, self._crew, self._source, self._journal = config, crew, source, journal
+        self._files = files
+        self._algorithm, coefficients = resolve_algorithm(config.algorithm)
+        self._ledger = Ledger(files.stage / LEDGER_FILE)
+        self._dispatcher = Dispatcher(
+            config,
+            crew.rollouts,
+            crew.scorer,
+            source,
+            self._ledger,
+            journal,
+            files,
+            replaces_idle_groups=self._algorithm.dynamic_sampling,
+        )
+        target, horizon = config.algorithm.kl_target, config.algorithm.kl_horizon
+        self._kl_coef = coefficients.kl_coef
+        self._kl = None if target is None else AdaptiveKL(coefficients.kl_coef, target, horizon)
+        self._guard, self._balance = Guard(config.guard), Balance(config.scaling)
+        self._desk = ControlDesk(files.stage)
+        self._branch = Branch()
+        self._step = 0
+        self.summary: dict[str, Any] = {}
+        """What the learner says of the policy that it left."""
         self._sync: asyncio.Task[None] | None = None
         self._sync_seconds = 0.0
 
-    async def run(self) -> None:
-        """Learn, and leave the final policy saved by `checkpoint`.
+    async def run(self) -> Totals:
+        """Learn to the last step, going on from what an earlier attempt left.
 
-        Raises `UserError` when not one sample of a step can be learned from, `BudgetSpent` when
-        too many workers failed.
+        Returns what became of all completions. Raises `UserError` when not one sample of a step
+        can be learned from or the policy has collapsed for good, `BudgetSpent` when too many
+        workers failed.
         """
-        manifest = await self._crew.learner.start([p.token_ids for p in self._choose(0)])
+        start = await asyncio.to_thread(self._files.find_start)
+        self._restore(start)
+        manifest, report = await self._crew.learner.start(start)
+        if report is not None:
+            kl = report.metrics.get("kl")
+            self._adapt_kl(None if kl is None else kl.mean, start.batches[-1])
         await self._crew.rollouts.start(manifest)
-        self._dispatch(manifest.version)
+        wishes = asyncio.create_task(self._grant_wishes())
         try:
-            for step in range(self._config.steps):
-                await self._step(step)
-            if self._sync is not None:
-                await self._sync
+            self._dispatcher.begin_at(self._step, self._branch)
+            self._dispatcher.allow(self._step)
+            while self._step < self._config.steps:
+                await self._take_step()
+            await self._settle()
+            self.summary = await self._crew.learner.export()
         finally:
-            for task in [t for tasks in self._groups.values() for t in tasks]:
-                task.cancel()
+            wishes.cancel()
+            if self._sync is not None:
+                self._sync.cancel()
+            await self._dispatcher.cancel()
+            self._ledger.close()
+        return self._ledger.totals
 
-    async def _step(self, step: int) -> None:
+    def _restore(self, start: Start) -> None:
+        """Books, coefficients and counters as they were after the last batch on disk."""
+        self._branch, progress = start.branch, start.progress
+        books = progress.get("ledger", NOTHING_SETTLED)
+        undone = {UNDONE: start.branch.undone} if start.branch.undone else {}
+        self._ledger.restore({**books, "dropped": {**books["dropped"], **undone}})
+        if progress:
+            self._set_kl(progress["kl_coef"])
+            self._crew.scorer.restore(progress["scorer"])
+        for batch in start.batches:
+            self._book(batch, again=True)
+            self._set_kl(batch.settings["kl_coef"])
+            self._crew.scorer.restore(batch.record["scorer"])
+        self._step = start.step + len(start.batches)
+        if self._step:
+            self._journal.rewind(self._step)
+            self._journal.event(what="resumed", step=self._step, checkpoint=start.step)
+        for event in start.events:
+            self._journal.event(**event)
+
+    async def _take_step(self) -> None:
+        step, version = self._step, self._step + self._branch.shift
         started = time.time()
-        groups = await self._collect(step)
-        waited = time.time() - started
-        self._journal.event(actor="learner", what="wait", start=started, end=time.time(), step=step)
-        admitted = self._admit(step, groups)
-        advantages, weights = self._weigh(admitted)
-        report = await self._crew.learner.update(
-            admitted.trajectories, advantages, weights, self._rate(step)
-        )
+        if not self._dispatcher.has(step):
+            await self._settle()  # it begins the step, or says why it cannot
+        groups = await self._dispatcher.collect(step)
+        collected = time.time()
+        self._journal.event(actor="learner", what="wait", start=started, end=collected, step=step)
+        admitted = self._admit(step, version, groups)
+        batch = self._compose(step, admitted)
+        await asyncio.to_thread(self._files.batches.write, batch)
+        try:
+            report = await self._crew.learner.update(batch)
+        except DivergenceError as error:
+            await self._roll_back(step, f"{error}; no rank has taken the step")
+            return
+        self._book(batch)
+        self._files.drop_groups(step)
+        self._step += 1
         self._journal.event(
             actor="learner",
             what="learn",
             start=report.start,
             end=report.end,
             step=step,
-            version=step + 1,
+            version=version + 1,
         )
-        if self._sync is not None:
-            await self._sync  # the version before this one; by now long proved
-        manifest = await self._crew.learner.publish()
-        self._sync = asyncio.create_task(self._distribute(manifest))
-        if self._config.max_staleness == 0:
-            await self._sync
-        await self._save(step + 1)
-        metrics = self._measure(step, groups, admitted, report)
-        metrics |= {"wait/trainer": waited, "step_seconds": time.time() - started}
+        await self._publish()
+        metrics = self._measure(step, version, groups, admitted, report)
+        self._adapt_kl(metrics.get("kl"), batch)
+        metrics |= {"wait/trainer": collected - started, "step_seconds": time.time() - started}
         self._journal.step(step, metrics)
-        if step % self._config.examples_every == 0 or step == self._config.steps - 1:
-            self._journal.examples(step, groups, step)
+        self._journal.rollouts(step, version, groups, batch, report)
+        if await self._watch(step, metrics):
+            await self._save()
+            await self._rebalance(metrics)
 
-    def _dispatch(self, version: int) -> None:
-        """Start the groups of every step that may begin at `version`."""
-        allowed = min(self._config.steps, version + self._config.max_staleness + 1)
-        while self._dispatched < allowed:
-            step = self._dispatched
-            self._groups[step] = [
-                asyncio.create_task(self._make_group(step, number, prompt))
-                for number, prompt in enumerate(self._choose(step))
-            ]
-            self._dispatched += 1
+    async def _publish(self) -> None:
+        """The new version goes to the rollout workers; with staleness, while learning goes on."""
+        await self._settle()  # the version before this one; by now long proved
+        manifest = await self._crew.learner.publish()
+        self._sync = asyncio.create_task(self._distribute(manifest, self._step))
+        if self._config.max_staleness == 0:
+            await self._settle()
 
-    async def _make_group(self, step: int, number: int, prompt: Prompt) -> Group:
-        rollout = await self._crew.rollouts.generate(
-            prompt,
-            f"{step}/{number}",
-            self._sampling,
-            self._config.group_size,
-            oldest=step - self._config.max_staleness,
-        )
-        self._journal.event(
-            actor=rollout.worker, what="generate", start=rollout.start, end=rollout.end, step=step
-        )
-        scores = await self._crew.rewards.score(rollout.trajectories, {prompt.id: prompt.reference})
-        self._journal.event(
-            actor=scores.worker, what="score", start=scores.start, end=scores.end, step=step
-        )
-        return Group(tuple(scores.scored.kept), tuple(r.reason for r in scores.scored.rejected))
-
-    async def _collect(self, step: int) -> list[Group]:
-        while step not in self._groups:
-            assert self._sync is not None
-            await self._sync  # dispatches the step, or says why it cannot
-        tasks = self._groups.pop(step)
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            raise
-
-    async def _distribute(self, manifest: WeightManifest) -> None:
+    async def _distribute(self, manifest: WeightManifest, step: int) -> None:
         """Bring the rollout workers to a version, then let them begin what it allows."""
         started = time.time()
         await self._crew.rollouts.publish(manifest)
         self._sync_seconds = time.time() - started
-        self._dispatch(manifest.version)
+        self._dispatcher.allow(step)
 
-    def _admit(self, step: int, groups: Sequence[Group]) -> Admitted:
+    async def _settle(self) -> None:
+        if self._sync is not None:
+            await self._sync
+            self._sync = None
+
+    def _admit(self, step: int, version: int, groups: Sequence[Group]) -> Admitted:
         admitted = admit(
             groups,
             needs_groups=self._algorithm.needs_groups,
-            version=step,
+            version=version,
             max_staleness=self._config.max_staleness,
+            needs_spread=self._algorithm.dynamic_sampling,
         )
         if not admitted.trajectories:
             reasons = ", ".join(f"{n} {reason}" for reason, n in admitted.dropped.items())
             raise UserError(
                 f"align step {step}: no sample can be learned from ({reasons}); "
-                f"check align.reward.source={self._config.reward.source!r}"
+                "check align.reward, and what it says of some completions in rollouts.jsonl"
             )
-        return admitted
+        # Once a step, over all of it: what a reward becomes must not depend on who was first.
+        settled = self._crew.scorer.settle(admitted.trajectories)
+        return replace(admitted, trajectories=tuple(settled))
 
-    def _weigh(self, admitted: Admitted) -> tuple[list[float], list[float]]:
-        """Advantage and loss weight of every trajectory, over the whole batch."""
-        rewards = torch.tensor([t.reward for t in admitted.trajectories])
-        advantages = self._algorithm.advantage(rewards, torch.tensor(admitted.groups))
-        lengths = torch.tensor([t.sampled_tokens for t in admitted.trajectories])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        weights = token_weights(
-            mask, self._algorithm.weighting, max_tokens=self._config.sampling.max_tokens
-        )
-        return advantages.tolist(), weights[:, 0].tolist()
-
-    def _rate(self, step: int) -> float:
+    def _compose(self, step: int, admitted: Admitted) -> LearnerBatch:
+        """The batch of a step, with all that its update, and the books, are a function of."""
         config = self._config
-        return learning_rate(
-            step, config.steps, config.optimizer.lr, **config.schedule.model_dump()
-        )
+        rate = learning_rate(step, config.steps, 1.0, **config.schedule.model_dump())
+        rate *= self._branch.rate
+        settings = {
+            "lr": rate * config.optimizer.lr,
+            "critic_lr": rate * config.critic.optimizer.lr,
+            "kl_coef": self._kl_coef,
+        }
+        drops = [[drop.request, drop.reason, drop.completions] for drop in admitted.drops]
+        record = {
+            "trained": admitted.trained,
+            "drops": drops,
+            "scorer": self._crew.scorer.state(),
+        }
+        return LearnerBatch(step, admitted.trajectories, admitted.groups, settings, record)
 
-    async def _save(self, version: int) -> None:
-        every = self._config.checkpoint_every
-        if version == self._config.steps or (every and version % every == 0):
-            await self._crew.learner.save(self._checkpoint(version))
+    def _book(self, batch: LearnerBatch, again: bool = False) -> None:
+        """Enter what became of a batch's completions; `again`: another attempt dispatched them."""
+        trained: Mapping[str, int] = batch.record["trained"]
+        drops = [Drop(*drop) for drop in batch.record["drops"]]
+        if again:
+            asked = dict(trained)
+            for drop in drops:
+                asked[drop.request] = asked.get(drop.request, 0) + drop.completions
+            for request, count in asked.items():
+                self._ledger.dispatch(request, batch.step, "", count)
+        for request, count in trained.items():
+            self._ledger.train(request, batch.step, count)
+        for drop in drops:
+            self._ledger.drop(drop.request, batch.step, drop.reason, drop.completions)
 
     def _measure(
-        self, step: int, groups: Sequence[Group], admitted: Admitted, report: LearnerReport
+        self,
+        step: int,
+        version: int,
+        groups: Sequence[Group],
+        admitted: Admitted,
+        report: LearnerReport,
     ) -> dict[str, float]:
-        learned = admitted.trajectories
-        staleness, oldest = count_staleness(learned, step)
-        metrics = {name: metric.mean for name, metric in report.metrics.items()}
-        metrics |= {
-            "reward/total": _mean([t.reward or 0.0 for t in learned]),
-            "length": _mean([t.sampled_tokens for t in learned]),
-            "truncated": _mean([t.finish_reason == "length" for t in learned]),
-            "staleness/mean": staleness,
-            "staleness/max": oldest,
-            "groups/no_spread": _mean(
-                [len({t.reward for t in g.trajectories}) < 2 for g in groups]
-            ),
-            "lr": self._rate(step),
-            "learn_seconds": report.end - report.start,
+        metrics = measure_step(groups, admitted, report, version)
+        return metrics | {
+            "kl_coef": self._kl_coef,
             "sync_seconds": self._sync_seconds,
             "wait/generator": self._crew.rollouts.take_idle_seconds(),
-            "samples": len(learned),
-            "sampled_tokens": sum(t.sampled_tokens for t in learned),
+            "workers/rollout": len(self._crew.rollouts.names),
         }
-        if "mismatch/mean_abs" in report.metrics:
-            metrics["mismatch/max_abs"] = report.mismatch_max
-        for part in sorted({name for t in learned for name in t.reward_parts}):
-            metrics[f"reward/{part}"] = _mean([t.reward_parts.get(part, 0.0) for t in learned])
-        for reason, count in admitted.dropped.items():
-            metrics[f"dropped/{reason}"] = count
-        return metrics
 
+    def _adapt_kl(self, kl: float | None, batch: LearnerBatch) -> None:
+        """The coefficient of the next step, from the KL of one that was learned."""
+        if self._kl is not None and kl is not None:
+            self._set_kl(self._kl.update(kl, len(batch.trajectories)))
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    def _set_kl(self, coef: float) -> None:
+        self._kl_coef = coef
+        if self._kl is not None:
+            target, horizon = self._config.algorithm.kl_target, self._config.algorithm.kl_horizon
+            assert target is not None
+            self._kl = AdaptiveKL(coef, target, horizon)
 
-
-def note_sync(journal: Journal) -> Callable[[str, SyncProof], None]:
-    """Tells `journal` of every proved weight sync."""
-
-    def hear(worker: str, proof: SyncProof) -> None:
-        journal.event(
-            actor=worker,
-            what="sync",
-            start=proof.start,
-            end=proof.end,
-            version=proof.version,
-            checksum=proof.checksum,
-            canary_error=proof.canary_error,
+    async def _save(self) -> None:
+        """A checkpoint when it is time for one; the batches it covers may then go."""
+        if self._step % self._config.checkpoint_every or self._step == self._config.steps:
+            return
+        progress: dict[str, Any] = {
+            "step": self._step,
+            "ledger": self._ledger.settled(),
+            "kl_coef": self._kl_coef,
+            "scorer": self._crew.scorer.state(),
+        }
+        started = time.time()
+        for event in await self._crew.learner.save(progress):
+            self._journal.event(**event)
+        self._files.forget_covered()
+        self._journal.event(
+            actor="learner", what="save", start=started, end=time.time(), step=self._step
         )
 
-    return hear
+    async def _watch(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether the policy is sound; else do what the recipe says of a collapse."""
+        breach = self._guard.look(step, metrics)
+        if breach is None:
+            return True
+        config = self._config.guard
+        text = breach.describe(config.window)
+        if config.action == "warn":
+            self._journal.event(what="collapse", step=step, text=text, action="warn")
+            self._guard.forget()
+            return True
+        await self._roll_back(breach.first, text)
+        return False
+
+    async def _roll_back(self, before: int, reason: str) -> None:
+        """Back to the newest checkpoint made at or before a step. Raises `UserError` when that is
+        not wanted, or was done too often."""
+        config = self._config.guard
+        kept = f"the policy before it is in {self._files.checkpoints}"
+        if config.action != "rollback" or self._branch.attempt >= config.max_rollbacks:
+            self._files.batches.remove_from(self._step)  # of one that cannot be learned from
+            done = f" after {self._branch.attempt} rollbacks" if self._branch.attempt else ""
+            self._journal.event(what="collapse", step=self._step, text=reason, action="stop")
+            raise UserError(f"align stopped{done}: {reason}; {kept}; lower align.optimizer.lr")
+        await self._settle()
+        await self._dispatcher.cancel()
+        target = self._files.last_good(before)
+        undone = self._ledger.undo(self._files.settled_at(target), UNDONE, self._step)
+        version = self._step + self._branch.shift
+        self._branch = next_branch(self._branch, version, target, undone)
+        self._files.roll_back(target, self._branch)
+        self._journal.event(
+            what="collapse", step=self._step, text=reason, action="rollback", to=target
+        )
+        manifest = await self._crew.learner.roll_back(target, self._branch)
+        self._files.settle_branch(self._branch)
+        self._step = target
+        self._guard.forget()
+        self._journal.rewind(target)
+        await self._crew.rollouts.publish(manifest)
+        self._dispatcher.begin_at(target, self._branch)
+        self._dispatcher.allow(target)
+
+    async def _rebalance(self, metrics: Mapping[str, float]) -> None:
+        """Another number of rollout workers, where waiting says so; others go on meanwhile."""
+        now = len(self._crew.rollouts.names)
+        waited, idle = metrics["wait/trainer"], metrics["wait/generator"]
+        wanted = self._balance.advise(now, waited, idle, metrics["step_seconds"])
+        if wanted != now:
+            self._journal.event(what="scale", role="rollouts", count=wanted, before=now)
+            self._crew.rollouts.scale_soon(wanted)
+
+    async def _grant_wishes(self) -> None:
+        while True:
+            for wish in await asyncio.to_thread(self._desk.take):
+                answer = await self._grant(wish)
+                await asyncio.to_thread(self._desk.answer, wish, answer)
+            await asyncio.sleep(_ASK_S)
+
+    async def _scale_rollouts(self, count: int) -> str:
+        more = count - len(self._crew.rollouts.names)
+        if more > 0:
+            require_room(place_rollout(self._config.rollout), more, "align.rollout")
+        return await self._crew.rollouts.scale(count)
+
+    async def _grant(self, wish: Wish) -> Answer:
+        scalable = {"rollouts": self._scale_rollouts, **self._crew.scorer.scalable}
+        said = []
+        for role, count in wish.workers.items():
+            if role not in scalable:
+                return Answer(False, f"this run has no {role}; it has {', '.join(scalable)}")
+            try:
+                done = scalable[role](count)
+                text = await done if inspect.isawaitable(done) else done
+                said.append(f"{role}: {text or f'{count} workers'}")
+            except (UserError, BudgetSpent) as error:
+                return Answer(False, str(error))
+            self._journal.event(what="scale", role=role, count=count)
+        return Answer(True, ", ".join(said))

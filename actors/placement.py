@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from actors.transports import choose_transport
 from raylign.config import AlignConfig, RolloutConfig, UserError
 from raylign.runtime import worker_env
 
@@ -60,6 +61,19 @@ def place(config: AlignConfig) -> Placement:
             "runtime_env": _threads(config.learner.threads, config.learner.gpus),
         },
         judge=place_rollout(judges),
+    )
+
+
+def choose_route(config: AlignConfig) -> str:
+    """How weights travel, from where learner and workers sit. Raises `UserError`."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    shared = config.learner.gpus + config.rollout.gpus <= 1 and config.learner.count == 1
+    return choose_transport(
+        config.transfer.transport,
+        learner_on_card=config.learner.gpus > 0,
+        workers_on_cards=config.rollout.gpus > 0,
+        same_card=shared and config.learner.gpus > 0 and config.rollout.gpus > 0,
+        one_machine=len(nodes) == 1,
     )
 
 

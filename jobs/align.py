@@ -1,7 +1,9 @@
 """Reinforcement learning: `python -m jobs.align recipe.yaml [align.key=value ...]`.
 
-Rollout workers sample, reward workers score, a learner group updates, and every new policy version
-goes back to the rollout workers with a proof. Writes the `align` stage.
+Rollout workers sample, reward workers or judges score, a learner group updates, and every new
+policy version goes back to the rollout workers with a proof. Writes the `align` stage. A run that
+was interrupted goes on where it was; `python -m jobs.scale RUN` changes how many workers one that
+is going on has.
 """
 
 from __future__ import annotations
@@ -9,27 +11,39 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.buffer import Group
-from actors.controller import Controller, Crew, note_sync
-from actors.learner import LearnerGroup, resolve_algorithm, spawn_learner_workers
-from actors.placement import Placement, place
+from actors.controller import Controller, Crew
+from actors.durable_learner import DurableLearner
+from actors.journal import note_change, note_sync
+from actors.judge import JudgePool
+from actors.learner import LearnerGroup, spawn_learner_worker
+from actors.learner_rank import resolve_algorithm
+from actors.placement import Placement, choose_route, place
 from actors.reward import RewardPool, spawn_reward_worker
-from actors.rollout import RolloutPool, spawn_rollout_worker
-from jobs.entry import locate, main, model_directory, perform, section
+from actors.rollout import spawn_rollout_worker
+from actors.rollout_pool import RolloutPool
+from actors.run_files import RunFiles
+from actors.scoring import CompositeScorer
+from actors.supervision import BudgetSpent
+from jobs.align_journal import AlignJournal
+from jobs.entry import locate, main, model_directory, section
+from jobs.intent import perform_alignment
 from raylign.config import AlignConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
 from raylign.models.folding import require_plain
 from raylign.models.loading import load_config, load_tokenizer, require_chat_template
 from raylign.records import Prompt
-from raylign.rewards.source import load_reward
+from raylign.rewards.hearing import check_judge
+from raylign.rewards.panel import check_sources
 from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
-from raylign.tracking import Bar, JsonTracker, ProgressBoard
+from raylign.sinks import build_sinks, check_sinks
+from raylign.tracking import Bar, ProgressBoard
+from raylign.training.loop import DIVERGED
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -41,7 +55,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     if prompts.is_dir():
         prompts = prompts / "prompts.jsonl"
     check(config)
-    seed = derive_seed(recipe.seed, "align")
+    parents = {"model": model_hash, "prompts": prompts_hash}
 
     def build(draft: Draft) -> None:
         tokenizer = load_tokenizer(model)
@@ -50,10 +64,9 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         context = int(load_config(model).max_position_embeddings)
         ready = read_prompts(prompts, tokenizer, context, config.sampling.max_tokens)
         with board.bar("align", config.steps) as bar:
-            asyncio.run(_learn(config, model, ready, context, seed, draft, bar))
+            align(config, model, ready, context, recipe.seed, draft, bar)
 
-    settings = {"align": config.model_dump(mode="json"), "seed": recipe.seed}
-    perform(run, "align", settings, {"model": model_hash, "prompts": prompts_hash}, board, build)
+    perform_alignment(run, config, recipe.seed, parents, board, build)
 
 
 def check(config: AlignConfig) -> None:
@@ -61,13 +74,21 @@ def check(config: AlignConfig) -> None:
     try:
         algorithm, _ = resolve_algorithm(config.algorithm)
     except ValueError as error:
-        raise UserError(f"align.algorithm.name: {error}") from None
+        raise UserError(f"align.algorithm: {error}") from None
     if algorithm.needs_groups and config.group_size < 2:
         raise UserError(
             f"align.group_size={config.group_size}: {algorithm.name} compares the completions of a "
             "prompt with each other; give 2 or more, or choose an algorithm that needs no groups"
         )
-    load_reward(config.reward.source)
+    if algorithm.dynamic_sampling and config.sampling.temperature == 0:
+        raise UserError(
+            "align.sampling.temperature=0 gives the same completion every time, and "
+            f"{algorithm.name} asks for others until they differ; raise it"
+        )
+    check_sources(config.reward)
+    check_sinks(config.sinks)
+    if config.judge.model_fields_set:
+        check_judge(config.judge, config.group_size)
     if config.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
             "align.rollout.backend=vllm, and vLLM is not installed; install raylign[cpu] or "
@@ -104,6 +125,42 @@ def read_prompts(file: Path, tokenizer: Any, context: int, max_tokens: int) -> l
     return prompts
 
 
+class Curriculum:
+    """Which prompts a step asks for, in passes over all of them; a function of seed and step."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self._prompts, self._seed = prompts, seed
+
+    def choose(self, step: int, again: int, count: int) -> list[Prompt]:
+        """`count` prompts of a step; `again`: of a later round, which draws for itself."""
+        seed = self._seed if not again else derive_seed(self._seed, "again", again)
+        rows = rows_for_step(len(self._prompts), seed, step, count)
+        return [self._prompts[int(row)] for row in rows]
+
+    def seed(self, request: str, attempt: int) -> int:
+        """Of a request's completions; after a rollback they are others."""
+        return derive_seed(self._seed, "rollout", attempt, request) % 2**31
+
+
+def align(
+    config: AlignConfig,
+    model: Path,
+    prompts: Sequence[Prompt],
+    context: int,
+    seed: int,
+    draft: Draft,
+    bar: Bar,
+) -> None:
+    """Learn, and leave model, books and rollouts in the draft. Raises `UserError`."""
+    try:
+        asyncio.run(_learn(config, model, prompts, context, seed, draft, bar))
+    except BudgetSpent as error:
+        role = next(role for role in ("rollout", "learner", "reward") if role in str(error))
+        raise UserError(
+            f"align: {error}; see the logs of its workers, or raise align.{role}.max_restarts"
+        ) from None
+
+
 async def _learn(
     config: AlignConfig,
     model: Path,
@@ -113,101 +170,102 @@ async def _learn(
     draft: Draft,
     bar: Bar,
 ) -> None:
-    journal = _FileJournal(draft.path, bar, {p.id: p for p in prompts})
-    crew = _assemble(config, model, context, seed, place(config), journal)
-
-    def choose(step: int) -> list[Prompt]:
-        rows = rows_for_step(len(prompts), seed, step, config.prompts_per_step)
-        return [prompts[int(row)] for row in rows]
-
-    def checkpoint(version: int) -> Path:
-        last = version == config.steps
-        return draft.path / ("model" if last else f"checkpoints/version-{version}")
-
+    own, files = derive_seed(seed, "align"), RunFiles(draft.path)
+    tokenizer = load_tokenizer(model)
+    settings = {"align": config.model_dump(mode="json"), "seed": seed}
+    journal = AlignJournal(
+        draft.path,
+        bar,
+        {prompt.id: prompt for prompt in prompts},
+        build_sinks(config.sinks, draft.path, settings),
+        config.examples_every,
+        lambda ids: [tokenizer.decode([token]) for token in ids],
+    )
+    placement = place(config)
+    scorer = await _hire_scorer(config, model, placement, own, files)
+    crew = Crew(
+        rollouts=_hire_rollouts(config, model, placement, context, own, journal),
+        scorer=scorer,
+        learner=_hire_learner(config, model, placement, prompts, own, files, journal),
+    )
+    controller = Controller(config, crew, Curriculum(prompts, own), journal, files)
     try:
-        await Controller(config, crew, choose, journal, checkpoint).run()
+        totals = await controller.run()
     finally:
         crew.rollouts.stop()
-        crew.rewards.stop()
+        scorer.stop()
         crew.learner.stop()
         journal.close()
-    draft.summary.update(journal.summary)
+    draft.summary.update(journal.summary | controller.summary)
+    draft.summary.update(dispatched=totals.dispatched, trained=totals.trained)
+    draft.summary.update({f"dropped/{name}": count for name, count in totals.dropped.items()})
 
 
-def _assemble(
+def _hire_rollouts(
     config: AlignConfig,
     model: Path,
+    placement: Placement,
     context: int,
     seed: int,
-    placement: Placement,
-    journal: _FileJournal,
-) -> Crew:
-    def rollout(name: str) -> Any:
+    journal: AlignJournal,
+) -> RolloutPool:
+    def spawn(name: str) -> Any:
         own = derive_seed(seed, name)
-        return spawn_rollout_worker(name, placement.rollout, model, config.rollout, context, own)
+        return spawn_rollout_worker(
+            name, placement.rollout, model, config.rollout, context, own, config.environment
+        )
 
-    reward = partial(spawn_reward_worker, options=placement.reward, config=config.reward)
-    own = derive_seed(seed, "adapter")
-    workers = spawn_learner_workers(placement.learner, model, config, own)
-    return Crew(
-        rollouts=RolloutPool(config.rollout, rollout, note_sync(journal)),
-        rewards=RewardPool(config.reward, reward),
-        learner=LearnerGroup(workers, config),
+    return RolloutPool(
+        config.rollout,
+        spawn,
+        note_sync(journal),
+        in_flight=config.in_flight,
+        transfer_deadline_s=config.transfer.deadline_s,
+        on_change=note_change(journal),
     )
 
 
-class _FileJournal:
-    """The stage's metrics, events and examples, and its line on the board."""
-
-    def __init__(self, directory: Path, bar: Bar, prompts: Mapping[str, Prompt]) -> None:
-        self._tracker, self._bar, self._prompts = JsonTracker(directory), bar, prompts
-        self._examples = (directory / "examples.jsonl").open("a", encoding="utf-8")
-        self.summary: dict[str, float] = {}
-
-    def event(self, **fields: Any) -> None:
-        self._tracker.event(**fields)
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._tracker.log(step, metrics)
-        note = (
-            f"reward {metrics['reward/total']:.2f}  length {metrics['length']:.0f}  "
-            f"kl {metrics.get('kl', 0.0):.3f}  mismatch {metrics.get('mismatch/mean_abs', 0.0):.1e}"
+async def _hire_scorer(
+    config: AlignConfig, model: Path, placement: Placement, seed: int, files: RunFiles
+) -> CompositeScorer:
+    """Reward workers, and a judge if one is asked; the judge is reached, or started, first."""
+    sources = [part.source for part in config.reward.parts.values()] or [config.reward.source]
+    judge = None
+    if config.reward.judged:
+        served = None if config.judge.model is None else model_directory(config.judge.model)
+        judge = JudgePool(config.judge, files.stage, derive_seed(seed, "judge"), model=served)
+        await judge.start()
+    workers = None
+    if set(sources) != {"judge"}:
+        spawn = partial(
+            spawn_reward_worker, options=placement.reward, config=config.reward, policy=model
         )
-        self._bar.update(step + 1, note)
-        self.summary["steps"] = step + 1
-        self.summary.setdefault("reward_first", metrics["reward/total"])
-        self.summary["reward_last"] = metrics["reward/total"]
-        for name in ("samples", "sampled_tokens"):
-            self.summary[name] = self.summary.get(name, 0) + metrics[name]
-        worst = max(self.summary.get("mismatch_worst", 0.0), metrics.get("mismatch/mean_abs", 0.0))
-        self.summary["mismatch_worst"] = worst
-        for name, value in metrics.items():
-            if name.startswith("dropped/"):
-                self.summary[name] = self.summary.get(name, 0) + value
+        workers = RewardPool(config.reward, spawn)
+    return CompositeScorer(config.reward, config.sampling.max_tokens, workers, judge)
 
-    def examples(self, step: int, groups: Sequence[Group], version: int) -> None:
-        for group in [g for g in groups if g.trajectories][:2]:
-            prompt = self._prompts[group.trajectories[0].prompt_id]
-            row = {
-                "step": step,
-                "prompt": prompt.text,
-                "reference": prompt.reference,
-                "completions": [
-                    {
-                        "text": t.text,
-                        "reward": t.reward,
-                        "parts": t.reward_parts,
-                        "version": t.version_span[0],
-                    }
-                    for t in sorted(group.trajectories, key=lambda t: -(t.reward or 0.0))
-                ],
-            }
-            self._examples.write(json.dumps(row) + "\n")
-        self._examples.flush()
 
-    def close(self) -> None:
-        self._tracker.close()
-        self._examples.close()
+def _hire_learner(
+    config: AlignConfig,
+    model: Path,
+    placement: Placement,
+    prompts: Sequence[Prompt],
+    seed: int,
+    files: RunFiles,
+    journal: AlignJournal,
+) -> DurableLearner:
+    spawn = partial(
+        spawn_learner_worker,
+        options=placement.learner,
+        model=model,
+        config=config,
+        seed=derive_seed(seed, "adapter"),
+        transport=choose_route(config),
+    )
+    group = LearnerGroup(
+        config, spawn, seed=derive_seed(seed, "minibatches"), kept=files.stage.parent / DIVERGED
+    )
+    canary = [prompt.token_ids for prompt in prompts]
+    return DurableLearner(group, files, canary, config.learner.max_restarts, journal)
 
 
 if __name__ == "__main__":
