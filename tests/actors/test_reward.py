@@ -17,6 +17,7 @@ from actors.scoring import CompositeScorer
 from actors.supervision import BudgetSpent
 from raylign.config import RewardConfig, UserError
 from raylign.records import Prompt, Trajectory
+from raylign.rewards.confinement import survey_walls
 from raylign.rewards.outcomes import Rejection
 from raylign.runtime import worker_env
 
@@ -171,16 +172,21 @@ class Judge:
         self.stopped = True
 
 
-def test_workers_and_judges_are_one_sum(start: Start) -> None:
+@pytest.mark.skipif(not survey_walls().complete, reason="kernel cannot confine")
+def test_programs_functions_and_judges_are_one_sum(start: Start) -> None:
     parts = {
         "long": {"source": "hostile_rewards:hostile", "weight": 0.5},
         "liked": {"source": "judge", "weight": 10.0},
+        "runs": {"source": "code", "weight": 100.0},
     }
-    judge = Judge([0.25, Rejection("p0", "g0", "judge abstained"), float("nan")])
+    judge = Judge([0.25, 0.5, Rejection("p0", "g0", "judge abstained"), float("nan")])
     _, scorer = start(judge, parts=parts)
-    scores = asyncio.run(scorer.score((make("a"), make("bb"), make("ccc")), PROMPT)).scored
+    texts = ("def f(): return 7", "import os; os._exit(0)", "f = 7", "")
+    prompt = Prompt("p0", (1,), "What?", '{"tests": ["assert f() == 7"]}')
+    scores = asyncio.run(scorer.score(tuple(make(text) for text in texts), prompt)).scored
     assert [(t.reward, t.reward_parts) for t in scores.kept] == [
-        (0.5 + 2.5, {"long": 1.0, "liked": 0.25})
+        (8.5 + 2.5 + 100, {"long": 17, "liked": 0.25, "runs": 1, "runs/passed": 1}),
+        (11.0 + 5.0 + 0, {"long": 22, "liked": 0.5, "runs": 0, "runs/passed": 0}),
     ]
     assert [r.reason for r in scores.rejected] == ["judge abstained", "judge is nan"]
     assert sorted(scorer.scalable) == ["judges", "rewards"]

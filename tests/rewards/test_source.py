@@ -89,7 +89,7 @@ def test_what_an_environment_gave() -> None:
         ("numeric", {"relative": "much"}, "relative='much': give a value of type float"),
         ("numeric", {"relative": True}, "relative=True: give a value of type float"),
         ("numeric", {"relative": -1}, "must be 0 or more"),
-        ("regex", {}, "needs align.reward.options.pattern"),
+        ("regex", {}, "needs the option pattern; make it one of align.reward.parts, with"),
         ("regex", {"pattern": "("}, "is no regular expression"),
         ("regex", {"pattern": "(a)(b)"}, "several groups"),
         ("format", {"tags": "a,,b"}, "give different names"),
