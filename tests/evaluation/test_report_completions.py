@@ -262,6 +262,7 @@ def test_the_books_add_up(tmp_path: Path) -> None:
 
 def test_losses_and_recoveries_are_seen(tmp_path: Path) -> None:
     events = [
+        {"time": -50.0, "actor": "rollout-0", "what": "started"},
         {"time": 10.0, "actor": "rollout-0", "what": "generate", "start": 0.0, "end": 9.0},
         {"time": 4.0, "actor": "learner", "what": "learn", "start": 3.0, "end": 4.0, "step": 0},
         {"time": 5.0, "actor": "learner", "what": "save", "start": 4.0, "end": 5.0, "step": 0},
@@ -279,8 +280,9 @@ def test_losses_and_recoveries_are_seen(tmp_path: Path) -> None:
     assert "books" in numbers["sections"]
     assert page.count('class="mark trouble"') == 1 and page.count('class="mark"') == 1
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| 6.0 s |  | rollout-0 | lost | killed by signal 9 |" in text
-    assert "| 8.0 s |  | run | scale | rollouts 3 |" in text
+    assert "| 56 s |  | rollout-0 | lost | killed by signal 9 |" in text
+    assert "| 58 s |  | run | scale | rollouts 3 |" in text
+    assert "9.0 s" in text  # the loop without the start of the workers
     assert "**Workers.**" in text and "| brevity |" in text
     assert numbers["utilisation"]["learner"] == {"save": 1 / 9, "learn": 1 / 9}
 

@@ -27,6 +27,7 @@ from raylign.evaluation.report.learning import draw_lines
 from raylign.evaluation.report.timeline import (
     Event,
     choose_window,
+    find_extent,
     measure_overlap,
     measure_shares,
     merge_spans,
@@ -235,14 +236,14 @@ def build_timeline(findings: Findings) -> Section | None:
         {s.step for lane in lanes for s in lane.spans if s.what == "learn" and s.step is not None}
     )
     window = f"Steps {steps[0]} to {steps[-1]}" if steps else "A few steps"
-    whole = max(e.end for e in events) - min(e.start for e in events)
+    first, last = find_extent(events)
     facts = (
         Fact(
             "Learning overlapped by generation",
             show_percent(together / learning) if learning else "n/a",
             f"{show_seconds(together)} of {show_seconds(learning)} of learning",
         ),
-        Fact("Whole loop", show_seconds(whole), f"{len(actors)} actors"),
+        Fact("Whole loop", show_seconds(last - first), f"{len(actors)} actors"),
     )
     gantt = Gantt(
         lanes=tuple(lanes),

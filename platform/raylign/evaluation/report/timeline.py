@@ -73,6 +73,13 @@ def subtract_spans(first: Spans, second: Spans) -> Spans:
     return left
 
 
+def find_extent(events: Sequence[Event]) -> tuple[float, float]:
+    """Begin of the first and end of the last piece of work; moments count only where there is none,
+    since a worker is started long before it can work."""
+    work = [event for event in events if event.end > event.start] or events
+    return min(event.start for event in work), max(event.end for event in work)
+
+
 def measure_overlap(events: Sequence[Event]) -> tuple[float, float]:
     """Seconds in which some actor generates while some actor learns, and seconds of learning."""
     generating = merge_spans((e.start, e.end) for e in events if e.what == "generate")
@@ -84,7 +91,8 @@ def measure_shares(events: Sequence[Event]) -> dict[str, dict[str, float]]:
     """For each actor, the share of the whole run spent in each activity; the rest is idle."""
     if not events:
         return {}
-    total = max(e.end for e in events) - min(e.start for e in events)
+    begun, ended = find_extent(events)
+    total = ended - begun
     shares: dict[str, dict[str, float]] = {}
     done: dict[tuple[str, str], Spans] = {}
     for event in events:
@@ -118,7 +126,7 @@ def choose_window(events: Sequence[Event], steps: int = 4) -> tuple[float, float
             begun[event.step] = min(event.start, begun.get(event.step, event.start))
     starts = sorted(begun.values())
     if len(starts) <= steps:
-        return min(e.start for e in events), max(e.end for e in events)
+        return find_extent(events)
     first = max(0, (len(starts) - steps) // 2)
     start, end = starts[first], starts[first + steps]
     margin = 0.04 * (end - start)
