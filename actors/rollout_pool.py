@@ -25,14 +25,9 @@ from actors.weights import SyncProof, WeightManifest
 from raylign.config import RolloutConfig, TransferConfig, UserError
 from raylign.inference.generator import Sampling
 from raylign.records import Prompt
+from raylign.training.buckets import SyncError
 
 log = logging.getLogger(__name__)
-
-Listener = Callable[[str, str, str], None]
-
-
-def _ignore(worker: str, what: str, reason: str) -> None:
-    """Hears nothing."""
 
 
 class RolloutPool:
@@ -47,7 +42,7 @@ class RolloutPool:
         role: str = "rollout",
         in_flight: Literal["continue", "restart"] = "continue",
         transfer_deadline_s: float = TransferConfig().deadline_s,
-        on_change: Listener = _ignore,
+        on_change: Callable[[str, str, str], None] = lambda worker, what, reason: None,
     ) -> None:
         """`spawn` starts a worker of the given name, which begins with `role`; `on_sync` hears of
         every proved sync, and `on_change` of every worker that is `started`, `serves`, is `lost` or
@@ -79,8 +74,9 @@ class RolloutPool:
         """Bring every worker to a new version; returns when all that serve have proved it, and one
         at least does. Whoever fails to is replaced meanwhile. Raises `FleetExhausted`."""
         self._manifest = manifest
+        self._announce()
         serving = [member for member in self._members.values() if member.serving]
-        await asyncio.gather(*(self._update(member) for member in serving))
+        await asyncio.gather(*(self._guard(m, self._prove(m)) for m in serving))
         while not any(m.version >= manifest.version for m in self._members.values()):
             if self._fatal is not None:
                 raise self._fatal
@@ -205,25 +201,23 @@ class RolloutPool:
         self._born += 1
         self._members[name] = member
         self._on_change(name, "started", "")
-        member.task = self._launch(self._attend(member))
+        member.task = self._launch(self._guard(member, self._attend(member)))
         return member
 
     async def _attend(self, member: Member) -> None:
-        try:
-            await member.wake(self._config.start_deadline_s)
-            await self._prove(member)
-            member.serving = True
-            if not member.born.done():
-                member.born.set_result(member.name)
-            self._on_change(member.name, "serves", "")
-            self._announce()
-            await member.watch(self._config.stall_s, self._hear)
-        except LOST as error:
-            self._lose(member, error)
+        await member.wake(self._config.start_deadline_s)
+        await self._prove(member)
+        member.serving = True
+        if not member.born.done():
+            member.born.set_result(member.name)
+        self._on_change(member.name, "serves", "")
+        self._announce()
+        await member.watch(self._config.stall_s, self._hear)
 
-    async def _update(self, member: Member) -> None:
+    async def _guard(self, member: Member, errand: Coroutine[Any, Any, None]) -> None:
+        """A worker that fails an errand is given up."""
         try:
-            await self._prove(member)
+            await errand
         except LOST as error:
             self._lose(member, error)
 
@@ -241,8 +235,9 @@ class RolloutPool:
         self._announce()
 
     async def _drain(self, member: Member) -> None:
-        """Let a worker go."""
         member.draining = True
+        if not member.born.done():
+            member.born.set_result(member.name)
         try:
             async with asyncio.timeout(self._config.stall_s):
                 if member.work:
@@ -269,10 +264,10 @@ class RolloutPool:
             work.losses.append(reason)
         parcel = member.parcel
         self._queue.retry(works, parcel if parcel is not None and parcel.ordered else None)
-        self._replace(member, reason)
+        self._replace(member, reason, error)
         self._announce()
 
-    def _replace(self, member: Member, reason: str) -> None:
+    def _replace(self, member: Member, reason: str, error: BaseException) -> None:
         served = member.born.done()
         if member.draining or len(self.names) >= self._target:
             return
@@ -280,7 +275,29 @@ class RolloutPool:
             self._target -= 1
             log.warning("%s", reason)
             member.born.set_exception(UserError(reason))
+        elif not served and isinstance(getattr(error, "cause", None), SyncError):
+            self._launch(self._replace_later(member, reason))
+        else:
+            self._succeed(member, reason)
+
+    async def _replace_later(self, member: Member, reason: str) -> None:
+        """A newcomer could not take the weights. Whoever published them may be gone and about to
+        publish them anew: that is waited for a little, and not the worker's failure."""
+        log.warning("waiting for other weights after %s", reason)
+        stale = self._manifest
+        try:
+            async with asyncio.timeout(self._config.stall_s):
+                while self._manifest is stale:
+                    await self._signal.wait()
+        except TimeoutError:
+            self._succeed(member, reason)
             return
+        if len(self.names) < self._target:
+            self._enlist(born=member.born)
+
+    def _succeed(self, member: Member, reason: str) -> None:
+        """Start a successor, while the budget lasts; without, those that are left go on."""
+        served = member.born.done()
         try:
             self._budget.spend(reason)
         except BudgetSpent as error:
@@ -289,8 +306,8 @@ class RolloutPool:
                 member.born.exception()  # retrieved, whether or not somebody waits
             if not self._members:
                 self._end(FleetExhausted(str(error)))
-            return
-        self._enlist(born=None if served else member.born)
+        else:
+            self._enlist(born=None if served else member.born)
 
     def _end(self, error: BaseException) -> None:
         """Nothing can be generated any more: whoever waits hears of it."""
@@ -314,7 +331,8 @@ class RolloutPool:
     def _forget(self, work: Work) -> None:
         """Stop sampling what nobody waits for any longer."""
         if work.future.cancelled() and work.holder is not None:
-            self._launch(self._withdraw(work.holder, [work.key]))
+            errand = work.holder.withdraw([work.key])
+            self._launch(self._guard(work.holder, errand))
 
     def _place_soon(self) -> None:
         """Once for all that happens in this turn of the event loop."""
@@ -325,14 +343,8 @@ class RolloutPool:
     def _place(self) -> None:
         self._placing = False
         for member in self._queue.place(self._members.values()):
-            self._launch(self._send(member))
+            self._launch(self._guard(member, member.send()))
         self._idle.count(sum(len(member.work) for member in self._members.values()))
-
-    async def _send(self, member: Member) -> None:
-        try:
-            await member.send()
-        except LOST as error:
-            self._lose(member, error)
 
     def _hear(self, member: Member, answers: tuple[Answer, ...]) -> None:
         """What a worker has finished, or let go of."""
@@ -359,17 +371,9 @@ class RolloutPool:
             deadline = f"no answer in {self._config.deadline_s:g} s"
             member.work[key].losses.append(f"{member.name}: {deadline}")
         if late:
-            self._launch(self._withdraw(member, late))
+            self._launch(self._guard(member, member.withdraw(late)))
         if answers:
             self._announce()
-
-    async def _withdraw(self, member: Member, keys: Sequence[str]) -> None:
-        try:
-            await member.withdraw(keys)
-        except LOST as error:
-            self._lose(member, error)
-
-    # Bookkeeping.
 
     def _announce(self) -> None:
         """Something changed: whoever waits looks again, and what is queued may find a place."""

@@ -81,20 +81,13 @@ class VLLMGenerator:
             seed=seed % 2**31,
             max_model_len=max_length,
             max_num_seqs=max_sequences,
-            # Compilation takes longer than a small model's whole run and gains little there.
-            enforce_eager=not on_gpu,
-            kv_cache_memory_bytes=None if on_gpu else kv_cache_mb << 20,
-            # A prompt that is read in pieces turns its generator back after each, which generators
-            # of CPU tensors cannot (vLLM 0.32): there every prompt is read at once.
-            enable_chunked_prefill=None if on_gpu else False,
-            max_num_batched_tokens=None if on_gpu else max(2048, max_length),
             enable_prefix_caching=True,
             # The distribution that tokens are drawn from, temperature and top-k/p included.
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             # Else a weak model may fill a whole completion with blanks and still follow its schema.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-            **({"gpu_memory_utilization": gpu_memory_share} if on_gpu and gpu_memory_share else {}),
+            **_device_options(on_gpu, max_length, kv_cache_mb, gpu_memory_share),
         )
         with _llvmlite_out_of_sight():
             self._engine: Any = LLMEngine.from_engine_args(settings)
@@ -253,6 +246,23 @@ class VLLMGenerator:
             finish_reason=completion.finish_reason or "abort",
         )
         return join_samples(begun, sample, sample.text) if begun else sample
+
+
+def _device_options(
+    on_gpu: bool, max_length: int, kv_cache_mb: int, gpu_memory_share: float | None
+) -> dict[str, Any]:
+    """What vLLM is told because of where it runs."""
+    if on_gpu:
+        return {} if gpu_memory_share is None else {"gpu_memory_utilization": gpu_memory_share}
+    return {
+        # Compilation takes longer than a small model's whole run and gains little there.
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": kv_cache_mb << 20,
+        # A prompt that is read in pieces turns its generator back after each, which generators of
+        # CPU tensors cannot (vLLM 0.32): here every prompt is read at once.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(2048, max_length),
+    }
 
 
 @contextmanager
