@@ -23,7 +23,7 @@ from actors.supervision import INFRASTRUCTURE, Budget
 from raylign.config import RewardConfig, UserError
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Measured, Scored, SourceFailure, reject
-from raylign.rewards.panel import ONLY, Panel
+from raylign.rewards.panel import ONLY, Panel, allow_seconds
 
 # A worker that has not loaded its sources by then never will.
 _START_S = 600.0
@@ -182,8 +182,10 @@ class RewardPool:
         try:
             if name not in self._memory:
                 await asyncio.wait_for(self._load(name), _START_S)
+            own = allow_seconds(self._config, len(trajectories))
             found: Measurement = await asyncio.wait_for(
-                self._workers[name].measure.remote(trajectories, prompt), self._config.timeout_s
+                self._workers[name].measure.remote(trajectories, prompt),
+                self._config.timeout_s + own,
             )
             if found.memory - self._memory[name] > _GROWTH:
                 grown = (found.memory - self._memory[name]) / 2**30

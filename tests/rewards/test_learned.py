@@ -17,7 +17,7 @@ from raylign.models.loading import load_tokenizer, save_model
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.learned import RewardModel, have_same_tokenizer
 from raylign.rewards.outcomes import Rejection
-from raylign.rewards.panel import Panel, check_sources
+from raylign.rewards.panel import Panel, allow_seconds, check_sources
 
 PROMPT = Prompt("p0", (2, 5, 6, 3), "w1 w2", "")
 
@@ -79,8 +79,14 @@ def test_another_tokenizer_reads_the_conversation(
     own = Trajectory("p0", "g0", tokens, mask, nothing, np.zeros(7, np.int32), "stop", "")
     assert as_text == [pytest.approx(RewardModel(stage, tiny_model).measure([own], swapped)[0])]
     (other / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="another tokenizer than the policy and no chat template"):
-        RewardModel(other, tiny_model)
+    config = RewardConfig(source="model", model=other)
+    check_sources(config)
+    for start in (
+        lambda: RewardModel(other, tiny_model),
+        lambda: check_sources(config, tiny_model),
+    ):
+        with pytest.raises(UserError, match="another tokenizer than the policy and no chat temp"):
+            start()
 
 
 def test_what_does_not_fit_is_rejected_and_nothing_else(stage: Path, tiny_model: Path) -> None:
@@ -91,7 +97,7 @@ def test_what_does_not_fit_is_rejected_and_nothing_else(stage: Path, tiny_model:
 
 
 def test_what_is_no_reward_model(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no reward model but LlamaForCausalLM"):
+    with pytest.raises(UserError, match="is no reward model; train one with"):
         RewardModel(tiny_model)
     steps = build_scorer(tiny_model, "steps", seed=1)
     save_model(steps, steps.config, load_tokenizer(tiny_model), tmp_path / "steps")
@@ -124,3 +130,10 @@ def test_a_panel_of_both_kinds(stage: Path, tiny_model: Path) -> None:
     ):
         with pytest.raises(UserError, match=says):
             check_sources(RewardConfig.model_validate({"parts": parts}))
+
+
+def test_sources_with_limits_of_their_own_are_given_the_time() -> None:
+    parts = {"a": {"source": "code"}, "b": {"source": "math", "options": {"seconds": 3}}}
+    config = RewardConfig.model_validate({"parts": parts, "sandbox": {"seconds": 4}})
+    assert allow_seconds(config, 8) == 8 * (4 + 2 + 2 * 3 + 2)
+    assert allow_seconds(RewardConfig(), 8) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from raylign.config import UserError
 from raylign.models.heads import is_scorer, load_scorer, score_states
@@ -29,23 +30,12 @@ class RewardModel:
     def __init__(self, path: Path, policy: Path | None = None, place: str = "align.reward") -> None:
         """`policy`: directory of the model whose completions are scored. Raises `UserError` when
         `path` holds no such model, or has another tokenizer and no chat template."""
-        directory = path / "model" if (path / "model").is_dir() else path
-        if is_scorer(directory, "steps"):
-            raise UserError(
-                f"{place}.model={path} scores the steps of an answer; give a model that scores "
-                "whole answers (reward_model.kind=pairs or outcome)"
-            )
-        labels = load_config(directory).num_labels
+        directory = check_reward_model(path, place)
         scorer: Any = load_scorer(directory)
-        if labels != 1:
-            raise UserError(f"{place}.model={path} has {labels} labels; a reward model has one")
         self._tokenizer = load_tokenizer(directory)
         self._same = policy is not None and have_same_tokenizer(directory, policy)
-        if not self._same and not self._tokenizer.chat_template:
-            raise UserError(
-                f"{place}.model={path} has another tokenizer than the policy and no chat template, "
-                "so it cannot read its conversations; add chat_template.jinja to it"
-            )
+        if not self._same:
+            _require_template(self._tokenizer, path, place)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = scorer.eval().to(self._device)
         self._pad = pad_id(self._tokenizer)
@@ -95,6 +85,35 @@ class RewardModel:
             for i, score in zip(part, score_states(self._model, states).tolist(), strict=True):
                 scores[i] = score
         return scores
+
+
+def check_reward_model(path: Path, place: str, policy: Path | None = None) -> Path:
+    """Where in `path` the model is. Raises `UserError`, without loading weights, when it is none
+    with one score an answer or, where `policy` is given, cannot read what that samples."""
+    directory = path / "model" if (path / "model").is_dir() else path
+    if is_scorer(directory, "steps"):
+        raise UserError(
+            f"{place}.model={path} scores the steps of an answer; give a model that scores whole "
+            "answers (reward_model.kind=pairs or outcome)"
+        )
+    if not is_scorer(directory, "score"):
+        raise UserError(
+            f"{place}.model={path} is no reward model; train one with `python -m jobs.reward_model`"
+        )
+    labels = load_config(directory).num_labels
+    if labels != 1:
+        raise UserError(f"{place}.model={path} has {labels} labels; a reward model has one")
+    if policy is not None and not have_same_tokenizer(directory, policy):
+        _require_template(load_tokenizer(directory), path, place)
+    return directory
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, path: Path, place: str) -> None:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{place}.model={path} has another tokenizer than the policy and no chat template, so "
+            "it cannot read its conversations; add chat_template.jinja to it"
+        )
 
 
 def have_same_tokenizer(one: Path, other: Path) -> bool:

@@ -10,10 +10,13 @@ from raylign.config import RewardConfig, UserError
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Measured, Scored
 from raylign.rewards.scoring import measure, sum_parts, sum_sources
-from raylign.rewards.source import load_reward
+from raylign.rewards.source import MATH_SECONDS, load_reward
 
 ONLY = "reward"
 """What the single source of a recipe without parts is called here."""
+
+_OWN_START_S = 2.0
+"""Of a process for one program, or of another one for mathematics."""
 
 
 class Panel:
@@ -43,19 +46,36 @@ class Panel:
         return {name: measure(trajectories, prompt) for name, measure in self._sources.items()}
 
 
-def check_sources(config: RewardConfig, place: str = "align.reward") -> None:
-    """What can be known to be wrong before anything is started; raises `UserError`."""
-    for at, source, model, options in _list_sources(config, place).values():
+def check_sources(config: RewardConfig, policy: Path | None = None) -> None:
+    """What can be known to be wrong before anything is started; raises `UserError`. With `policy`,
+    the directory of the model that samples, also whether a reward model can read it."""
+    for at, source, model, options in _list_sources(config).values():
         if source == "judge":
             if options:
                 raise UserError(f"{at}.options has no effect with source=judge; see align.judge")
         elif source == "model":
             if options:
                 raise UserError(f"{at}.options has no effect with source=model; leave it out")
-            if model is not None and not model.is_dir():
+            assert model is not None  # the config says so
+            if not model.is_dir():
                 raise UserError(f"{at}.model={model} is not a directory")
+            from raylign.rewards.learned import check_reward_model
+
+            check_reward_model(model, at, policy)
         else:
             load_reward(source, options, config.sandbox, at)
+
+
+def allow_seconds(config: RewardConfig, completions: int) -> float:
+    """What sources with a time limit of their own may take for so many completions, every one of
+    which reaches it: a program or an answer that never ends is judged, and no hang."""
+    each = 0.0
+    for _, source, _, options in _list_sources(config).values():
+        if source == "code":
+            each += config.sandbox.seconds + _OWN_START_S
+        elif source == "math":
+            each += 2 * float(options.get("seconds", MATH_SECONDS)) + _OWN_START_S
+    return each * completions
 
 
 def add_up(
@@ -78,12 +98,12 @@ def _bind(function: Any) -> Any:
 
 
 def _list_sources(
-    config: RewardConfig, place: str = "align.reward"
+    config: RewardConfig,
 ) -> dict[str, tuple[str, str, Path | None, Mapping[str, Any]]]:
     """Place in the recipe, source, model and options of each."""
     if not config.parts:
-        return {ONLY: (place, config.source, config.model, {})}
+        return {ONLY: ("align.reward", config.source, config.model, {})}
     return {
-        name: (f"{place}.parts.{name}", part.source, part.model, part.options)
+        name: (f"align.reward.parts.{name}", part.source, part.model, part.options)
         for name, part in config.parts.items()
     }

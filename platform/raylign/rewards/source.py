@@ -23,6 +23,9 @@ from raylign.rewards.verifiers import (
     verify_number,
 )
 
+MATH_SECONDS = 5.0
+"""Of processor time to compare one answer with its reference, unless an option says otherwise."""
+
 _KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
@@ -38,7 +41,7 @@ def _build_environment() -> RewardFunction:
     return take_environment_reward
 
 
-def _build_math(*, seconds: float = 5.0) -> RewardFunction:
+def _build_math(*, seconds: float = MATH_SECONDS) -> RewardFunction:
     from raylign.rewards.symbolic import MathVerifier  # needs a package that is optional
 
     return MathVerifier(seconds)
