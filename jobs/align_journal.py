@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 ROLLOUTS_FILE = "rollouts.jsonl"
 EXAMPLES_FILE = "examples.jsonl"
 CAPACITY = 10_000
-CLOSE_S = 60.0
+CLOSE_S, SCREEN_S = 60.0, 5.0
+SCREEN_CAPACITY = 64
 # What every actor does all the time; the rest is news.
 ROUTINE = frozenset({"generate", "score", "learn", "wait", "sync", "save"})
 
@@ -68,8 +69,9 @@ class AlignJournal:
             directory / METRICS_FILE
         )  # of an attempt that this one goes on with
         self._news = ""
-        self._shown, self._failed = True, 0
+        self._failed = 0
         self._outbox = Outbox("journal", capacity, self._fail)
+        self._screen = Outbox("screen", SCREEN_CAPACITY, self._ignore)
         self._sinks = [GuardedSink(sink, self._warn) for sink in sinks]
 
     def event(self, **fields: Any) -> None:
@@ -152,23 +154,22 @@ class AlignJournal:
             self.event(what="journal_lost", reason=f"{lost} rows found no room")
         if not self._outbox.close(CLOSE_S):
             log.warning("%s could not be written within %.0f s", self._directory, CLOSE_S)
-        self._show(final=True)
+        self._screen.put(partial(self._draw_last, list(self._rows)), needed=True)
+        self._screen.close(SCREEN_S)
 
-    def _show(self, final: bool = False) -> None:
-        """On the terminal; one that cannot be written to any more is left alone."""
-        if not self._shown:
-            return
-        try:
-            if final:
-                self._bar.pin(None)
-                if self._rows:
-                    self._bar.show(tabulate_steps(self._rows))
-            elif self._rows:
-                self._bar.pin(draw_panel(self._rows[-1], self._news))
-                self._bar.update(self._rows[-1]["step"] + 1, note_step(self._rows[-1]))
-        except Exception as error:
-            self._shown = False
-            log.warning("nothing more is shown: %s: %s", type(error).__name__, error)
+    def _show(self) -> None:
+        """On the terminal, some time soon: one that is held up, or gone, holds up nothing."""
+        if self._rows:
+            self._screen.put(partial(self._draw, self._rows[-1], self._news))
+
+    def _draw(self, row: Mapping[str, Any], news: str) -> None:
+        self._bar.pin(draw_panel(row, news))
+        self._bar.update(row["step"] + 1, note_step(row))
+
+    def _draw_last(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._bar.pin(None)
+        if rows:
+            self._bar.show(tabulate_steps(rows))
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         append_rows(self._directory / name, rows)
@@ -177,6 +178,9 @@ class AlignJournal:
         self._failed += 1
         if self._failed == 1:
             log.warning("%s: %s: %s", self._directory, type(error).__name__, error)
+
+    def _ignore(self, error: Exception) -> None:
+        log.debug("%s could not be shown: %s", self._directory, error)
 
     def _warn(self, sink: str, reason: str) -> None:
         log.warning("%s is off for the rest of the run: %s", sink, reason)

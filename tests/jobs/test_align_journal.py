@@ -320,3 +320,31 @@ def test_token_texts_join_to_the_text() -> None:
     assert spell_tokens(tokenizer, tokenizer.encode("é!")) == ["", "é", "!"]
     half = tokenizer.encode("é")[:1]
     assert spell_tokens(tokenizer, half) == ["\N{REPLACEMENT CHARACTER}"]
+
+
+class StuckBar:
+    """A bar on a terminal that takes nothing."""
+
+    total = 4
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def pin(self, drawn: object) -> None:
+        self.released.wait(10)
+        raise OSError("the terminal is gone")
+
+    show = update = pin
+
+
+def test_a_terminal_that_is_stuck_or_gone_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.align_journal.SCREEN_S", 0.05)
+    bar, started = StuckBar(), time.monotonic()
+    journal = AlignJournal(tmp_path, bar, PROMPTS)  # type: ignore[arg-type]
+    run_steps(journal, range(3))
+    journal.close()
+    assert time.monotonic() - started < 5
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 3 and journal.summary["steps"] == 3
+    bar.released.set()
