@@ -5,11 +5,12 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 WORKERS := 2
 
-.PHONY: help quickstart test lint format doctor install clean
+.PHONY: help quickstart test faults lint format doctor install clean
 
 help:
 	@echo "make quickstart   the whole journey on CPU, raw text to report [ARGS='key=value ...']"
 	@echo "make test         all tests, on two workers [ARGS='tests/test_run.py -k atomic']"
+	@echo "make faults       break a running alignment in every way, and write docs/reliability.md"
 	@echo "make lint         ruff and mypy          make format   ruff format"
 	@echo "make doctor       check this machine     make clean    remove .venv and caches"
 
@@ -18,6 +19,9 @@ quickstart: $(READY)
 
 test: $(READY)
 	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+faults: $(READY)
+	@$(RUN) -m tests.faults.report $(ARGS)
 
 lint: $(READY)
 	@$(RUN) -m ruff check .

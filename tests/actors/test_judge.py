@@ -21,7 +21,7 @@ from actors.judge import JudgePool, Tempo
 from raylign.config import JudgeConfig, UserError
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Rejection
-from tests.conftest import TEMPLATE
+from tests.tiny_model import TEMPLATE
 from tests.inference.service import Asked, Service, Told, serve
 
 PROMPT = Prompt("p", (5,), "Say a number.", "7")

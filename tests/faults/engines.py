@@ -1,0 +1,168 @@
+"""Faults of rollout workers. An engine lives in its worker's own process, so that killing either is
+killing both, and nothing can be orphaned."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from tests.faults.lab import (
+    Lab,
+    Outcome,
+    end_well,
+    fault,
+    first_event,
+    hang,
+    require_clean,
+    require_staleness,
+    since,
+)
+
+_LONG = ("steps=6", "sampling={max_tokens: 32}")
+
+
+@fault(
+    "1-3",
+    "SIGKILL of a rollout worker, its engine in mid-decode",
+    "its requests are made again by others; a successor serves once it has proved the weights",
+    quick=True,
+)
+def kill_worker(lab: Lab) -> Outcome:
+    with lab.run(*_LONG) as run:
+        run.start()
+        run.wait_for_step(1)
+        start = run.kill(run.processes("RolloutWorker")[:1])
+        lost = first_event(run, start, 30, what="lost")
+        serves = first_event(run, start, 300, what="serves")
+        end_well(run, start)
+        require_staleness(run, 1)
+        proofs = [row for row in run.events(what="sync") if row["actor"] == serves["actor"]]
+        assert proofs and proofs[0]["time"] <= serves["time"], "it served before it had proved"
+        note = f"{lost['actor']} lost, {serves['actor']} in its place; no orphan"
+        return Outcome(since(start, lost), since(start, serves), run.lost(), note)
+
+
+@fault(
+    "4",
+    "SIGSTOP of a rollout worker: it hangs, its port still open",
+    "silence is noticed within rollout.stall_s (4 s here); killed, replaced",
+)
+def freeze_worker(lab: Lab) -> Outcome:
+    with lab.run(*_LONG) as run:
+        run.start()
+        run.wait_for_step(1)
+        start = hang(run, "RolloutWorker")
+        lost = first_event(run, start, 30, what="lost")
+        serves = first_event(run, start, 300, what="serves")
+        end_well(run, start)
+        require_staleness(run, 1)
+        return Outcome(since(start, lost), since(start, serves), run.lost(), lost["text"])
+
+
+@fault(
+    "5",
+    "SIGKILL of a rollout worker while it takes new weights",
+    "the others get theirs; learner and old version are untouched",
+)
+def kill_in_transfer(lab: Lab) -> Outcome:
+    with lab.run(*_LONG, "max_staleness=0") as run:
+        run.start(RAYLIGN_FAULT_SLOW_SYNC="1")
+        run.wait_for_step(0)
+        before = len(run.events(what="sync"))
+        run.wait("a sync", lambda: len(run.events(what="sync")) > before)
+        worker = run.processes("RolloutWorker")[0]
+        start = run.kill([worker])
+        lost = first_event(run, start, 30, what="lost")
+        serves = first_event(run, start, 300, what="serves")
+        end_well(run, start)
+        errors = [row["canary_error"] for row in run_events(run, "sync")]
+        assert max(errors) < 1e-4, errors
+        return Outcome(
+            since(start, lost),
+            since(start, serves),
+            run.lost(),
+            f"{len(errors)} proofs, canary within {max(errors):.0e}",
+        )
+
+
+@fault(
+    "7",
+    "all rollout workers killed, again and again",
+    "ends in bounded time with the reason; checkpoint and batches are kept",
+)
+def kill_all(lab: Lab) -> Outcome:
+    with lab.run("steps=50", "rollout.max_restarts=1", "checkpoint_every=1") as run:
+        run.start()
+        run.wait_for_step(1)
+        start = time.time()
+        lost = None
+        while run.driver.is_running() and run.driver.status() != "zombie":
+            run.kill(run.processes("RolloutWorker"))
+            if lost is None:
+                lost = first_event(run, start, 30, what="lost")
+            time.sleep(0.5)
+            if time.time() - start > 120:
+                break
+        end = run.finish(60)
+        assert end.status == 2 and "restarts allowed" in end.last, end.output[-2000:]
+        require_clean(run)
+        assert list((run.stage / "checkpoints").glob("step-*"))
+        assert lost is not None
+        again = run.start("steps=3", "rollout.max_restarts=5").finish()
+        assert again.status == 2 and "begun with" in again.last  # other steps: not the same run
+        return Outcome(since(start, lost), end.seconds, 0, end.last)
+
+
+@fault(
+    "17",
+    "a successor is killed while it starts",
+    "another one is started; the run goes on with those that are left",
+)
+def kill_successor(lab: Lab) -> Outcome:
+    with lab.run(*_LONG, "steps=8") as run:
+        run.start()
+        run.wait_for_step(1)
+        first = run.processes("RolloutWorker")
+        start = run.kill(first[:1])
+        known = {process.pid for process in first}
+        fresh = run.wait(
+            "a successor",
+            lambda: [p for p in run.processes("RolloutWorker") if p.pid not in known],
+            60,
+        )
+        run.kill(fresh)
+        lost = first_event(run, start, 30, what="lost")
+        serves = first_event(run, start, 300, what="serves")
+        end_well(run, start)
+        return Outcome(since(start, lost), since(start, serves), run.lost(), "two replaced")
+
+
+@fault(
+    "15",
+    "SIGTERM of the run, as on preemption",
+    "exits 130 within seconds, leaves no process; the same command goes on where it was",
+)
+def preempt(lab: Lab) -> Outcome:
+    with lab.run("max_staleness=0") as run:
+        run.start()
+        run.wait_for_step(1)
+        start = run.kill([run.driver], signal.SIGTERM)
+        end = run.finish(30)
+        ended = time.time() - start
+        assert end.status == 130, end.output[-2000:]
+        require_clean(run)
+        run.start()
+        resumed = first_event(run, start, 300, what="resumed")
+        end_well(run, start)
+        assert run.weights() == lab.reference()
+        return Outcome(
+            ended, since(start, resumed), run.lost(), "weights equal an uninterrupted run's"
+        )
+
+
+def run_events(run, what: str):  # type: ignore[no-untyped-def]
+    """Of the finished stage."""
+    import json
+
+    lines = (run.done / "events.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row.get("what") == what]

@@ -1,0 +1,139 @@
+"""Where faults are tried: a tiny model, prompts, runs, and what is written down of each fault."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.faults.align_run import AlignRun, Finish
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fault came to."""
+
+    detected_s: float | None
+    """From the fault until somebody said so; None where there is nothing to detect."""
+    recovered_s: float | None
+    """From the fault until work went on, or the run had ended as it should."""
+    lost: int
+    """Completions that nobody can account for."""
+    note: str
+    """What was seen."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of the table."""
+
+    number: str
+    title: str
+    expected: str
+    cause: Callable[[Lab], Outcome]
+    quick: bool
+    """Part of every run of the tests."""
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(
+    number: str, title: str, expected: str, quick: bool = False
+) -> Callable[[Callable[[Lab], Outcome]], Callable[[Lab], Outcome]]:
+    """Enter a function into the table."""
+
+    def enter(cause: Callable[[Lab], Outcome]) -> Callable[[Lab], Outcome]:
+        FAULTS.append(Fault(number, title, expected, cause, quick))
+        return cause
+
+    return enter
+
+
+@dataclass
+class Lab:
+    """Makes runs, and cleans up after them."""
+
+    root: Path
+    model: Path
+    prompts: Path = field(init=False)
+    _made: int = 0
+    _reference: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prompts = self.root / "prompts.jsonl"
+        rows = ({"prompt": f"w{i} w{i * 7 % 50}", "reference": f"w{i}"} for i in range(24))
+        self.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @contextmanager
+    def run(self, *settings: str) -> Iterator[AlignRun]:
+        """A run directory; nothing of it is left running afterwards."""
+        self._made += 1
+        run = AlignRun(self.root / f"run-{self._made}", self.model, self.prompts, *settings)
+        try:
+            yield run
+        finally:
+            run.stop()
+
+    def reference(self) -> str:
+        """Final weights of a lockstep run that nothing happened to."""
+        if self._reference is None:
+            with self.run(*LOCKSTEP) as run:
+                end = run.start().finish()
+                assert end.status == 0, end.output[-3000:]
+                self._reference = run.weights()
+        return self._reference
+
+
+LOCKSTEP = ("max_staleness=0",)
+"""The same to the bit, every time."""
+
+
+def since(start: float, row: dict[str, Any]) -> float:
+    """Seconds from a moment to an event."""
+    return max(0.0, float(row["time"]) - start)
+
+
+def first_event(run: AlignRun, after: float, deadline_s: float, **wanted: Any) -> dict[str, Any]:
+    """The first event with such fields after a moment; waits for it."""
+    found: dict[str, Any] = run.wait(
+        f"event {wanted}",
+        lambda: next((row for row in run.events(**wanted) if row["time"] >= after), None),
+        deadline_s,
+    )
+    return found
+
+
+def end_well(run: AlignRun, start: float, deadline_s: float = 600.0) -> tuple[Finish, float]:
+    """The run must end with its goal met, nothing left behind; seconds since the fault."""
+    end = run.finish(deadline_s)
+    seconds = time.time() - start
+    assert end.status == 0, f"status {end.status}\n{end.output[-3000:]}"
+    require_clean(run)
+    return end, seconds
+
+
+def require_clean(run: AlignRun, deadline_s: float = 20.0) -> None:
+    """No process of the run is left a few seconds after its end."""
+    end = time.monotonic() + deadline_s
+    while left := run.left_behind():
+        if time.monotonic() > end:
+            raise AssertionError(f"left behind: {[' '.join(p.cmdline())[:80] for p in left]}")
+        time.sleep(0.2)
+
+
+def require_staleness(run: AlignRun, bound: int) -> None:
+    """No sample that was learned from was older than allowed."""
+    rows = [json.loads(line) for line in (run.done / "metrics.jsonl").read_text().splitlines()]
+    worst = max(row["staleness/max"] for row in rows)
+    assert worst <= bound, f"a sample was {worst} versions old, {bound} allowed"
+
+
+def hang(run: AlignRun, role: str, index: int = 0) -> float:
+    """Stop a process of a role, as if its machine had frozen."""
+    return run.kill([run.processes(role)[index]], signal.SIGSTOP)
