@@ -21,8 +21,8 @@ from actors.judge import JudgePool, Tempo
 from raylign.config import JudgeConfig, UserError
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Rejection
-from tests.tiny_model import TEMPLATE
 from tests.inference.service import Asked, Service, Told, serve
+from tests.tiny_model import TEMPLATE
 
 PROMPT = Prompt("p", (5,), "Say a number.", "7")
 KEY = "sk-canary-42"
