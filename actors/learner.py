@@ -77,7 +77,9 @@ class LearnerGroup:
     group cannot go on; `restart` is then the only way.
     """
 
-    def __init__(self, config: Any, spawn: Any, *, seed: int = 0, kept: Path | None = None) -> None:
+    def __init__(
+        self, config: AlignConfig, spawn: Spawn, *, seed: int = 0, kept: Path | None = None
+    ) -> None:
         """spawn: makes the actor of a rank, with nothing to be waited for. seed: of minibatches.
         kept: where batches that diverged are put."""
         self._config, self._spawn, self._seed, self._kept = config, spawn, seed, kept
