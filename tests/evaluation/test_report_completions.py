@@ -176,8 +176,9 @@ def test_a_page_holds_what_it_can_and_says_so(tmp_path: Path) -> None:
     ]
     root = make_run(tmp_path / "run", rows)
     assert (root / "align" / "rollouts.jsonl").stat().st_size > 8_000_000
-    _, page, elements = build(root, tmp_path / "out")
+    numbers, page, elements = build(root, tmp_path / "out")
     shown = json.loads(elements.scripts[0])
+    assert numbers["completions"] == {"shown": len(shown["rows"]), "kept": 6000}
     assert 2_500_000 < len(page) < 5_000_000
     assert shown["total"] == 6000 and 500 < len(shown["rows"]) < 6000
     assert f"Here are {len(shown['rows']):,} of 6,000 completions, from 100 of 100 steps" in page
@@ -285,6 +286,26 @@ def test_losses_and_recoveries_are_seen(tmp_path: Path) -> None:
     assert "9.0 s" in text  # the loop without the start of the workers
     assert "**Workers.**" in text and "| brevity |" in text
     assert numbers["utilisation"]["learner"] == {"save": 1 / 9, "learn": 1 / 9}
+
+
+def test_answers_without_a_right_or_wrong_are_measured_by_their_group(tmp_path: Path) -> None:
+    texts = (("long", 0.9, {"learned": 0.9}), ("short", 0.1, {"learned": 0.1}))
+    answers = [{"text": t, "reward": r, "parts": p, "version": 0} for t, r, p in texts]
+    row = {"step": 3, "prompt": "q", "reference": "", "completions": answers}
+    _, page, _ = build(make_run(tmp_path / "run", [], examples=[row]), tmp_path / "out")
+    assert "Step 3: rewards from 0.1 to 0.9" in page and "correct" not in page
+    assert "right answer" not in page
+    assert page.count("attempt good") == page.count("attempt bad") == 1
+
+
+def test_judges_and_critics_have_their_curves(tmp_path: Path) -> None:
+    metrics = [
+        {"step": s, "judge/order_consistency": 0.9, "value/explained_variance": 0.1 * s}
+        for s in range(3)
+    ]
+    build(make_run(tmp_path / "run", [], metrics=metrics), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| same verdict in both orders |" in text and "| explained variance |" in text
 
 
 def test_a_table_of_incidents_keeps_to_what_is_rare(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raylign.evaluation.report.alignment import build_curves, build_rollouts, build_timeline
+from raylign.evaluation.report.alignment import build_rollouts, build_timeline
 from raylign.evaluation.report.comparison import build_comparison
 from raylign.evaluation.report.corpora import build_funnel, build_tokenizer
+from raylign.evaluation.report.curves import build_curves
 from raylign.evaluation.report.document import Document, Section
 from raylign.evaluation.report.findings import STAGES, TITLES, Findings, read_findings
-from raylign.evaluation.report.incidents import build_incidents
+from raylign.evaluation.report.incidents import build_incidents, count_completions
 from raylign.evaluation.report.learning import build_learning, build_samples
 from raylign.evaluation.report.markdown import render_markdown
 from raylign.evaluation.report.overview import (
@@ -93,6 +94,11 @@ def _summarize(findings: Findings, document: Document) -> dict[str, Any]:
         "mean_mismatch": mean_mismatch(findings),
         "overlap": {"seconds": together, "learning_seconds": learning},
         "utilisation": measure_shares(findings.events),
+        "books": count_completions(findings),
+        "completions": {
+            "shown": len(findings.completions.rows),
+            "kept": findings.completions.total,
+        },
         "stages": {
             name: {
                 "seconds": findings.seconds(name),

@@ -1,4 +1,4 @@
-"""Reinforcement learning: curves, the timeline of its actors, and rollouts to read."""
+"""Reinforcement learning: the timeline of its actors, and rollouts to read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 from raylign.evaluation.report.document import (
     Attempt,
     Block,
-    Chart,
-    Charts,
     Exchange,
     Exchanges,
     Fact,
@@ -18,12 +16,10 @@ from raylign.evaluation.report.document import (
     Gantt,
     Lane,
     Section,
-    Series,
     Span,
 )
-from raylign.evaluation.report.figures import MINUS, show_number, show_percent, show_seconds
+from raylign.evaluation.report.figures import show_number, show_percent, show_seconds
 from raylign.evaluation.report.findings import Findings
-from raylign.evaluation.report.learning import draw_lines
 from raylign.evaluation.report.timeline import (
     Event,
     choose_window,
@@ -34,188 +30,10 @@ from raylign.evaluation.report.timeline import (
     order_actors,
 )
 
-MISMATCH_BAR = 1e-3
 ATTEMPTS_SHOWN = 4
 LANES_SHOWN = 40
 CONCURRENT = ("generate", "score")
 TIMES = "\N{MULTIPLICATION SIGN}"
-
-# title, {metric: (name, colour)}, meaning, further options of Chart.
-_CURVES: tuple[tuple[str, dict[str, tuple[str, str]], str, dict[str, Any]], ...] = (
-    (
-        "Reward",
-        {
-            "reward/total": ("total", "rl"),
-            "reward/correct": ("correct", "base"),
-            "reward/format": ("format", "sft"),
-        },
-        "Mean over each step's completions. Correct is the share with the right answer, format the "
-        "share in the asked-for form; the total weighs them. Rising is learning.",
-        {"floor": 0.0},
-    ),
-    (
-        "KL to the reference",
-        {"kl": ("KL", "rl")},
-        "How far the policy has moved from the fine-tuned model. Slow growth is healthy; a sudden "
-        "jump is a warning that it has found a trick.",
-        {"floor": 0.0},
-    ),
-    (
-        "Completion length",
-        {"length": ("tokens", "rl")},
-        "Tokens of an answer. It grows when showing the working pays, and shrinks when it does "
-        "not.",
-        {},
-    ),
-    (
-        "Entropy",
-        {"entropy": ("nats a token", "rl")},
-        "How undecided the policy is at each token. It falls as the policy grows sure; at zero "
-        "there is nothing left to explore.",
-        {"floor": 0.0},
-    ),
-    (
-        "Rollout/learner mismatch",
-        {"mismatch/mean_abs": ("mean", "rl"), "mismatch/max_abs": ("largest", "sft")},
-        "Sampler and learner compute the same log-probabilities with different programs; this is "
-        "their difference. While the mean is below the bar, the two are the same policy.",
-        {"log": True, "guide": (MISMATCH_BAR, f"1e{MINUS}3")},
-    ),
-    (
-        "Staleness",
-        {"staleness/mean": ("mean", "rl"), "staleness/max": ("largest", "sft")},
-        "Policy versions between sampling and learning. 0 means strictly in turns; a bounded lag "
-        "lets sampling and learning overlap.",
-        {"floor": 0.0},
-    ),
-    (
-        "Importance weights",
-        {"importance/mean": ("mean weight", "rl")},
-        "Corrects for samples drawn by a slightly older policy. Near 1 there is little to correct.",
-        {},
-    ),
-    (
-        "Truncated and clipped",
-        {
-            "importance/truncated": ("weights cut at the cap", "sft"),
-            "clip_fraction": ("ratios clipped", "rl"),
-        },
-        "Share of tokens held back because their probability has moved too far at once. A few "
-        "percent is normal.",
-        {"unit": "percent", "floor": 0.0},
-    ),
-    (
-        "Loss",
-        {"loss": ("loss", "rl")},
-        "Near 0, and that is normal: rewards are compared within each group of answers, so the "
-        "ups and downs cancel. The gradient does the work, not the value.",
-        {},
-    ),
-    (
-        "Gradient norm",
-        {"grad_norm": ("norm", "rl")},
-        "Size of the push each step, before clipping. Spikes are steps that were held back.",
-        {"floor": 0.0},
-    ),
-    (
-        "Throughput",
-        {"tokens_per_second": ("tokens a second", "rl")},
-        "Sampled tokens learned from, for every second of the whole loop.",
-        {"floor": 0.0},
-    ),
-    (
-        "Waiting",
-        {
-            "wait/trainer": ("learner", "learn"),
-            "wait/generator": ("rollouts", "generate"),
-            "sync_seconds": ("weight sync", "sync"),
-        },
-        "Seconds a step in which a side had nothing to do, and seconds to hand new weights to the "
-        "rollouts. The slower side should be the one that never waits.",
-        {"unit": "seconds", "floor": 0.0},
-    ),
-    (
-        "Workers",
-        {},
-        "Workers of each kind. There are more or fewer while the run goes on because somebody "
-        "asked, because one side kept waiting for the other, or because one was lost.",
-        {"floor": 0.0},
-    ),
-)
-
-
-# Of these curves, the series that the run names itself begin with this.
-_FAMILIES = {"Reward": "reward/", "Workers": "workers/"}
-_FAMILY_COLORS = ("generate", "score", "learn", "sync", "ink", "data")
-
-
-def build_curves(findings: Findings) -> Section | None:
-    """Small multiples of everything that was logged."""
-    charts = []
-    for title, metrics, meaning, options in _CURVES:
-        if title in _FAMILIES:
-            metrics = metrics | _list_family(findings, _FAMILIES[title], metrics)
-        found = {m: findings.column("align", m) for m in metrics}
-        series: list[Series] = []
-        for metric, (name, color) in metrics.items():
-            if found[metric]:
-                series.extend(draw_lines(name, found[metric], color))
-        if series:
-            charts.append(Chart(title, tuple(series), meaning, **options))
-    charts.extend(_chart_drops(findings))
-    if not charts:
-        return None
-    return Section(
-        key="alignment",
-        title="Reinforcement learning",
-        lead="The model answers each question several times; a verifier scores the answers; those "
-        "better than their siblings become more likely. Nobody shows it a solution.",
-        blocks=(Facts(_list_changes(findings)), Charts(tuple(charts))),
-    )
-
-
-def _list_family(
-    findings: Findings, prefix: str, known: Mapping[str, tuple[str, str]]
-) -> dict[str, tuple[str, str]]:
-    """Names and colours of the logged metrics that begin with `prefix`, besides those `known`."""
-    keys = {key for row in findings.metrics.get("align", ()) for key in row}
-    names = sorted(key for key in keys - {*known, "reward/std"} if key.startswith(prefix))
-    return {
-        name: (name.removeprefix(prefix), color)
-        for name, color in zip(names, _FAMILY_COLORS, strict=False)
-    }
-
-
-def _chart_drops(findings: Findings) -> list[Chart]:
-    rows = findings.metrics.get("align", ())
-    names = sorted({key for row in rows for key in row if key.startswith("dropped/")})
-    colors = ("rl", "sft", "base", "ink", "score", "sync")
-    series = tuple(
-        Series(name.removeprefix("dropped/"), findings.column("align", name), color)
-        for name, color in zip(names, colors, strict=False)
-    )
-    series = tuple(s for s in series if any(y for _, y in s.points))
-    if not series:
-        return []
-    meaning = "Samples not trained on, by reason: for example too old, or their worker died."
-    return [Chart("Dropped samples", series, meaning, floor=0.0)]
-
-
-def _list_changes(findings: Findings) -> tuple[Fact, ...]:
-    """First and last value of what matters most."""
-    wanted = (
-        ("reward/correct", "Correct while sampling", show_percent),
-        ("reward/format", "In the asked form", show_percent),
-        ("length", "Answer length", lambda v: f"{v:.0f}"),
-        ("kl", "KL to the reference", lambda v: show_number(v, 2)),
-    )
-    facts = []
-    for metric, label, show in wanted:
-        points = findings.column("align", metric)
-        if points:
-            value = f"{show(points[0][1])} → {show(points[-1][1])}"
-            facts.append(Fact(label, value, "first step → last step"))
-    return tuple(facts)
 
 
 def build_timeline(findings: Findings) -> Section | None:
@@ -309,8 +127,7 @@ def build_rollouts(findings: Findings) -> Section | None:
     for step in chosen:
         row = by_step[step][0]
         attempts = _list_attempts(row["completions"])
-        right = [float(c.get("parts", {}).get("correct", 0)) > 0 for c in row["completions"]]
-        title = f"Step {step}: {sum(right)} of {len(right)} correct"
+        title = f"Step {step}: {_count_right(row['completions'])}"
         exchanges.append(Exchange(title, str(row["prompt"]), str(row["reference"]), attempts))
     blocks: tuple[Block, ...] = (
         Exchanges(
@@ -328,24 +145,40 @@ def build_rollouts(findings: Findings) -> Section | None:
     )
 
 
+def _count_right(completions: Sequence[Mapping[str, Any]]) -> str:
+    """Of a group: how many are correct, where that is a part of the reward; else what they got."""
+    parts = [completion.get("parts", {}) for completion in completions]
+    if any("correct" in part for part in parts):
+        return f"{sum(float(p.get('correct', 0)) > 0 for p in parts)} of {len(parts)} correct"
+    rewards = [float(c["reward"]) for c in completions if c.get("reward") is not None]
+    if not rewards:
+        return "no rewards"
+    return f"rewards from {show_number(min(rewards))} to {show_number(max(rewards))}"
+
+
 def _list_attempts(completions: Sequence[Mapping[str, Any]]) -> tuple[Attempt, ...]:
     """The first different texts of a group, each with how often it was written."""
     written: dict[str, list[Mapping[str, Any]]] = {}
     for completion in completions:
         written.setdefault(str(completion["text"]), []).append(completion)
-    return tuple(_judge(same[0], len(same)) for same in list(written.values())[:ATTEMPTS_SHOWN])
+    rewards = [float(c["reward"]) for c in completions if c.get("reward") is not None]
+    mean = sum(rewards) / len(rewards) if rewards else 0.0
+    shown = list(written.values())[:ATTEMPTS_SHOWN]
+    return tuple(_judge(same[0], len(same), mean) for same in shown)
 
 
-def _judge(completion: Mapping[str, Any], times: int) -> Attempt:
-    parts = completion.get("parts", {})
-    right = float(parts.get("correct", 0)) > 0
+def _judge(completion: Mapping[str, Any], times: int, mean: float) -> Attempt:
+    """An answer; good if it is correct or, where nothing says so, better than its group's mean."""
+    parts, reward = completion.get("parts", {}), completion.get("reward")
+    right = reward is not None and float(reward) > mean
+    if "correct" in parts:
+        right = float(parts["correct"]) > 0
     notes = [f"{name} {show_number(float(value))}" for name, value in sorted(parts.items())]
     version = completion.get("version")
     if version is not None:
         notes.append(f"v{version}")
     if times > 1:
         notes.append(f"{TIMES}{times}")
-    reward = completion.get("reward")
     return Attempt(
         text=lay_out(str(completion["text"])),
         badge="n/a" if reward is None else show_number(float(reward)),

@@ -214,7 +214,8 @@ def _render_exchanges(exchanges: Exchanges) -> str:
     parts = [_escape(exchanges.meaning)] if exchanges.meaning else []
     for item in exchanges.items:
         title = f"**{_escape(item.title)}.** " if item.title else ""
-        parts.append(f"{title}{_escape(item.question)} (right answer {_escape(item.reference)})")
+        right = f" (right answer {_escape(item.reference)})" if item.reference else ""
+        parts.append(f"{title}{_escape(item.question)}{right}")
         for attempt in item.attempts:
             note = f", {_escape(attempt.note)}" if attempt.note else ""
             parts.append(f"{_escape(attempt.badge)}{note}\n\n{_fence(attempt.text)}")

@@ -294,11 +294,14 @@ def _render_exchanges(exchanges: Exchanges) -> str:
 
 
 def _render_exchange(exchange: Exchange) -> str:
+    right = ""
+    if exchange.reference:
+        right = element("p", "right answer ", text("b", exchange.reference), class_="small")
     return element(
         "article",
         text("h3", exchange.title),
         text("p", exchange.question, class_="question"),
-        element("p", "right answer ", text("b", exchange.reference), class_="small"),
+        right,
         *map(_render_attempt, exchange.attempts),
     )
 
