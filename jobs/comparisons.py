@@ -56,10 +56,19 @@ class Source:
         return read_comparisons(self.file, tokenizer, wanted)
 
 
+PAIRS_STAGE, PAIRS_FILE = "comparisons", "pairs.jsonl"
+
+
 def locate_data(run: Run, given: Path | None, stage: str) -> tuple[Path, str]:
     """The file of judged answers and its content hash; raises `UserError` when there is none."""
     if given is None:
-        raise UserError(f"{stage}.data is not given; name a file of judged answers")
+        found = run.find(PAIRS_STAGE)
+        if found is None:
+            raise UserError(
+                f"{stage}.data is not given; name a file of judged answers, or make some with "
+                "`python -m jobs.compare`"
+            )
+        return found.path / PAIRS_FILE, found.manifest.content
     return locate(run, given, stage, stage, f"{stage}.data")
 
 

@@ -41,6 +41,7 @@ STAGES = (
     "data_report",
     "pretrain",
     "sft",
+    "comparisons",
     "reward_model",
     "preference",
     "tune",

@@ -8,6 +8,7 @@ from raylign.config.alignment import (
     LearnerConfig,
     SinksConfig,
 )
+from raylign.config.comparing import CompareConfig
 from raylign.config.corpus import PrepareConfig
 from raylign.config.decontamination import DecontaminateConfig, EvaluationSetConfig
 from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
@@ -57,6 +58,7 @@ __all__ = [
     "AlignConfig",
     "CheckpointConfig",
     "ClassifierConfig",
+    "CompareConfig",
     "ComparisonConfig",
     "ConfigError",
     "CriticConfig",

@@ -18,7 +18,7 @@ class ComparisonConfig(TrainingConfig):
     """Directory with weights and tokenizer, or a hub name; the run's own `sft` stage when not
     given."""
     data: Path | None = None
-    """JSON lines, a JSON array or Parquet; required."""
+    """JSON lines, a JSON array or Parquet; the `comparisons` stage's when not given."""
     format: str = "auto"
     """Columns of the data, a row of `raylign.data.preferences`; `auto` recognises them."""
     max_length: int = Field(default=512, ge=8)

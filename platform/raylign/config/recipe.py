@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from raylign.config.alignment import AlignConfig
+from raylign.config.comparing import CompareConfig
 from raylign.config.corpus import PrepareConfig
 from raylign.config.evaluation import EvaluateConfig
 from raylign.config.preference import PreferenceConfig, RewardModelConfig
@@ -42,6 +43,7 @@ class Recipe(Section):
     tokenizer: TokenizerConfig | None = None
     pretrain: PretrainConfig | None = None
     sft: SftConfig | None = None
+    compare: CompareConfig | None = None
     reward_model: RewardModelConfig | None = None
     preference: PreferenceConfig | None = None
     tune: TuneConfig | None = None

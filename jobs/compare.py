@@ -1,0 +1,204 @@
+"""Pairs to learn preferences from: `python -m jobs.compare recipe.yaml [compare.key=value ...]`.
+
+Samples several completions of every prompt from a model, has them scored by the same sources as
+reinforcement learning (verifiers, reward models, judges), and pairs a better with a worse one.
+Writes the `comparisons` stage: `pairs.jsonl`, which `jobs.reward_model` and `jobs.preference` take
+when they are given no data, and `completions.jsonl` with everything that was sampled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.judge import JudgePool
+from actors.placement import place_rollout
+from actors.reward import RewardPool, spawn_reward_worker
+from actors.rollout_pool import RolloutPool
+from actors.scoring import CompositeScorer
+from actors.supervision import BudgetSpent, PromptLost
+from actors.teacher import TeacherWorker
+from actors.weights import Canary, WeightManifest
+from jobs.align import read_prompts
+from jobs.comparisons import PAIRS_FILE, PAIRS_STAGE
+from jobs.entry import locate, main, model_directory, perform, section
+from raylign.config import CompareConfig, Recipe, UserError
+from raylign.inference.generator import Sampling
+from raylign.models.folding import require_plain
+from raylign.models.loading import load_config, load_tokenizer, require_chat_template
+from raylign.records import Prompt, Trajectory
+from raylign.rewards.contrast import choose_pairs
+from raylign.rewards.hearing import check_judge
+from raylign.rewards.panel import check_sources
+from raylign.run import Draft, Run
+from raylign.runtime import derive_seed, worker_env
+from raylign.tracking import Bar, ProgressBoard
+
+COMPLETIONS_FILE = "completions.jsonl"
+_AHEAD = 4  # prompts in flight for each that a worker decodes at once
+
+
+def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
+    """The `comparisons` stage."""
+    config = section(recipe, "compare", CompareConfig)
+    model, model_hash = locate(run, config.model, "sft", "sft", "compare.model")
+    model = model_directory(model)
+    prompts, prompts_hash = locate(run, config.prompts, "corpus", "prepare", "compare.prompts")
+    if prompts.is_dir():
+        prompts = prompts / "prompts.jsonl"
+    check_sources(config.reward, "compare.reward")
+    if config.judge.model_fields_set:
+        check_judge(config.judge, config.completions)
+
+    def build(draft: Draft) -> None:
+        tokenizer = load_tokenizer(model)
+        require_chat_template(tokenizer, model)
+        require_plain(model)
+        context = int(load_config(model).max_position_embeddings)
+        ready = read_prompts(prompts, tokenizer, context, config.sampling.max_tokens)
+        seed = derive_seed(recipe.seed, "compare")
+        if config.limit is not None and config.limit < len(ready):
+            ready = random.Random(seed).sample(ready, config.limit)
+        with board.bar("compare", len(ready), "prompt") as bar:
+            try:
+                asyncio.run(_compare(config, model, ready, context, seed, draft, bar))
+            except BudgetSpent as error:
+                raise UserError(f"compare: {error}; see the logs of its workers") from None
+
+    settings = {"compare": config.model_dump(mode="json"), "seed": recipe.seed}
+    parents = {"model": model_hash, "prompts": prompts_hash}
+    perform(run, PAIRS_STAGE, settings, parents, board, build)
+
+
+async def _compare(
+    config: CompareConfig,
+    model: Path,
+    prompts: Sequence[Prompt],
+    context: int,
+    seed: int,
+    draft: Draft,
+    bar: Bar,
+) -> None:
+    def spawn(name: str) -> Any:
+        actor = ray.remote(TeacherWorker).options(**place_rollout(config.rollout))
+        return actor.remote(name, model, config.rollout, context, derive_seed(seed, name))
+
+    scorer = await _hire_scorer(config, model, seed, draft.path)
+    pool = RolloutPool(config.rollout, spawn, lambda worker, proof: None)
+    slots = asyncio.Semaphore(
+        max(1, _AHEAD * config.rollout.count * config.rollout.max_sequences // config.completions)
+    )
+    sampling = Sampling(**config.sampling.model_dump())
+
+    async def answer(prompt: Prompt) -> tuple[list[Trajectory], Counter[str]]:
+        async with slots:
+            own = replace(sampling, seed=derive_seed(seed, prompt.id) % 2**31)
+            try:
+                rollout = await pool.generate(prompt, prompt.id, own, config.completions, oldest=0)
+            except (PromptLost, ValueError) as error:
+                return [], Counter({type(error).__name__: config.completions})
+            scored = (await scorer.score(rollout.trajectories, prompt)).scored
+            return list(scored.kept), Counter(r.reason for r in scored.rejected)
+
+    try:
+        await pool.start(WeightManifest(0, (), Canary((), ())))
+        tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
+        await _write(config, prompts, tasks, draft, bar)
+    finally:
+        pool.stop()
+        scorer.stop()
+
+
+async def _hire_scorer(
+    config: CompareConfig, model: Path, seed: int, stage: Path
+) -> CompositeScorer:
+    sources = [part.source for part in config.reward.parts.values()] or [config.reward.source]
+    judge = None
+    if config.reward.judged:
+        served = None if config.judge.model is None else model_directory(config.judge.model)
+        judge = JudgePool(config.judge, stage, derive_seed(seed, "judge"), model=served)
+        await judge.start()
+    workers = None
+    if set(sources) != {"judge"}:
+        reward = config.reward
+        env = worker_env() | {"OMP_NUM_THREADS": str(reward.threads)}
+        options: dict[str, Any] = {
+            "num_cpus": reward.cpus,
+            "num_gpus": reward.gpus,
+            "runtime_env": {"env_vars": env},
+        }
+        workers = RewardPool(reward, lambda name: spawn_reward_worker(name, options, reward, model))
+    return CompositeScorer(config.reward, config.sampling.max_tokens, workers, judge)
+
+
+async def _write(
+    config: CompareConfig,
+    prompts: Sequence[Prompt],
+    tasks: Sequence[asyncio.Task[tuple[list[Trajectory], Counter[str]]]],
+    draft: Draft,
+    bar: Bar,
+) -> None:
+    """Everything that was sampled, and its pairs, in the order of the prompts."""
+    rejected: Counter[str] = Counter()
+    pairs = completions = paired = 0
+    with (
+        (draft.path / PAIRS_FILE).open("w", encoding="utf-8") as chosen,
+        (draft.path / COMPLETIONS_FILE).open("w", encoding="utf-8") as everything,
+    ):
+        for done, (prompt, task) in enumerate(zip(prompts, tasks, strict=True), 1):
+            kept, reasons = await task
+            rejected += reasons
+            completions += len(kept)
+            for trajectory in kept:
+                row = {
+                    "id": prompt.id,
+                    "prompt": prompt.text,
+                    "completion": trajectory.text,
+                    "reward": trajectory.reward,
+                    "parts": trajectory.reward_parts,
+                }
+                everything.write(json.dumps(row) + "\n")
+            found = make_pairs(prompt, kept, config.pairs, config.least_gap)
+            chosen.writelines(json.dumps(row) + "\n" for row in found)
+            pairs, paired = pairs + len(found), paired + bool(found)
+            bar.update(done, f"{pairs:,} pairs")
+    if not pairs:
+        told = ", ".join(f"{count} {reason}" for reason, count in rejected.items()) or "none"
+        raise UserError(
+            f"compare: no two completions of a prompt have rewards more than "
+            f"{config.least_gap:g} apart (rejected: {told}); raise compare.completions or "
+            "compare.sampling.temperature, or check compare.reward"
+        )
+    draft.summary.update(
+        pairs=pairs, completions=completions, prompts_without=len(prompts) - paired
+    )
+    draft.summary.update({f"rejected/{reason}": count for reason, count in rejected.items()})
+
+
+def make_pairs(
+    prompt: Prompt, kept: Sequence[Trajectory], count: int, least_gap: float
+) -> list[dict[str, Any]]:
+    """Rows of `prompt`, `chosen` and `rejected` messages, and the `margin` of their rewards."""
+    rewards = [trajectory.reward or 0.0 for trajectory in kept]
+    texts = [trajectory.text for trajectory in kept]
+    return [
+        {
+            "prompt": [{"role": "user", "content": prompt.text}],
+            "chosen": [{"role": "assistant", "content": texts[better]}],
+            "rejected": [{"role": "assistant", "content": texts[worse]}],
+            "margin": rewards[better] - rewards[worse],
+        }
+        for better, worse in choose_pairs(rewards, texts, count, least_gap)
+    ]
+
+
+if __name__ == "__main__":
+    main("compare", run)
