@@ -8,6 +8,7 @@ import random
 import pytest
 
 from raylign.evaluation.report.alignment import lay_out
+from raylign.evaluation.report.document import Chart, Series
 from raylign.evaluation.report.figures import (
     show_count,
     show_number,
@@ -18,7 +19,7 @@ from raylign.evaluation.report.figures import (
 from raylign.evaluation.report.learning import smooth
 from raylign.evaluation.report.markdown import draw_spark
 from raylign.evaluation.report.markup import element, text
-from raylign.evaluation.report.plots import choose_ticks
+from raylign.evaluation.report.plots import choose_ticks, draw_chart
 from raylign.evaluation.report.timeline import (
     Event,
     choose_window,
@@ -110,6 +111,13 @@ def test_ticks_enclose_and_are_few(low: float, high: float) -> None:
     assert 3 <= len(ticks) <= 9
     steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-3)
+
+
+def test_an_axis_with_a_floor_stays_above_it() -> None:
+    for value in (0.0, 0.02):
+        series = Series("x", ((0.0, 0.0), (1.0, value)), "rl")
+        drawn = draw_chart(Chart("t", (series,), "", unit="percent", floor=0.0))
+        assert "%" in drawn and "\N{MINUS SIGN}" not in drawn
 
 
 def test_smoothing_keeps_lines_straight() -> None:

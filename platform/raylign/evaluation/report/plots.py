@@ -69,7 +69,10 @@ def _choose_y_ticks(chart: Chart, values: list[float]) -> list[float]:
         last = max(last, first + 1)
         stride = math.ceil((last - first) / 6)
         return [10.0**power for power in range(first, last + stride, stride)]
-    return choose_ticks(low if chart.floor is None else min(low, chart.floor), high)
+    if chart.floor is not None:
+        low = min(low, chart.floor)
+        high = high if high > low else low + 1.0
+    return choose_ticks(low, high)
 
 
 def choose_ticks(low: float, high: float, count: int = 5) -> list[float]:
