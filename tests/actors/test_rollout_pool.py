@@ -313,17 +313,30 @@ def check_logprobs(model: Path, shift: float, trajectory: Any) -> None:
 def test_unproved_weights_never_serve_and_an_empty_fleet_says_why(stage: Stage) -> None:
     """The last test of the shared stage: nobody is left after it."""
 
+    def lying_version() -> WeightManifest:
+        canary = Canary(((5, 6, 7, 8, 9),), (np.zeros(5, "f4"),))
+        return replace(stage.next_version(), canary=canary)
+
     async def scenario(pool: RolloutPool) -> None:
-        pool._budget = Budget("rollout worker", 0)
-        lying = replace(
-            stage.next_version(), canary=Canary(((5, 6, 7, 8, 9),), (np.zeros(5, "f4"),))
-        )
-        late = asyncio.create_task(pool.generate(PROMPT, "g", SHORT, 2, stage.version))
-        why = r"0 restarts allowed; the first was rollout-\d+: SyncError: .*fails its canary"
+        await pool.scale(1)
+        stage.losses()
+        pool._budget = Budget("rollout worker", 1)
+        waiting = asyncio.create_task(pool.publish(lying_version()))
+        late = asyncio.create_task(stage.ask(1))
+        while len([what for _, what, _ in stage.changes if what == "lost"]) < 2:
+            await asyncio.sleep(0.05)
+        # A newcomer that cannot take the weights is not at fault: others may be on their way.
+        stage.losses()
+        await pool.publish(stage.next_version())
+        await waiting
+        [rollout] = await late
+        span = (stage.version, stage.version)
+        assert all(t.version_span == span for t in rollout.trajectories)
+        assert len(pool._budget.reasons) == 1
+        why = r"1 restarts allowed; the first was rollout-\d+: SyncError: .*fails its canary"
+        pool._config = pool._config.model_copy(update={"stall_s": 0.1})
         with pytest.raises(FleetExhausted, match=why):
-            await pool.publish(lying)
-        with pytest.raises(FleetExhausted):
-            await late
+            await pool.publish(lying_version())
         with pytest.raises(FleetExhausted):
             await pool.generate(PROMPT, "g", SHORT, 2, 0)
 
