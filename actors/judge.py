@@ -76,13 +76,14 @@ class JudgePool:
         content: str = "",
         tempo: Tempo | None = None,
     ) -> None:
-        """Verdicts are kept in `directory`. `model` has the weights of `judge.model`, where that
+        """Verdicts are kept in `judge/` of the stage's `directory`. `model` has the weights of `judge.model`, where that
         is a stage, and `content` their hash, which verdicts are kept under.
 
         Raises `UserError` for a rubric, a key, or a model that cannot be used.
         """
         check_judge(config)
-        self._config, self._directory, self._seed = config, directory, seed
+        self._config, self._seed = config, seed
+        self._directory = directory / "judge"
         self._tempo = tempo or Tempo()
         self._rubric = load_rubric(config.rubric, config.compare, config.scale)
         self._tally = JudgeTally()

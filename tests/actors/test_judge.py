@@ -70,7 +70,7 @@ def play(
     **keys: Any,
 ) -> Any:
     place = {"endpoint": service.url, "endpoint_model": "m"}
-    config = JudgeConfig(**{**place, "timeout_s": 5.0, **keys})
+    config = JudgeConfig(**{**place, "timeout_s": 30.0, **keys})
 
     async def whole() -> Any:
         pool = JudgePool(config, directory, seed=3, tempo=SWIFT)
@@ -121,7 +121,7 @@ def test_it_is_a_scorer_and_asks_nothing_twice(tmp_path: Path) -> None:
         assert len(service.asked) == metrics["judge/calls"] == 4
         assert metrics["judge/cache_hits"] == 2 * 13 - 4 and metrics["judge/verdicts"] == 26
         # A process that was killed while it wrote loses that line and no other.
-        [file] = directory.iterdir()
+        [file] = (directory / "judge").iterdir()
         file.write_bytes(file.read_bytes()[:-20])
         assert play(service, directory, measure(*NUMBERS))[0] == MARKS
         assert len(service.asked) == 5
@@ -130,7 +130,7 @@ def test_it_is_a_scorer_and_asks_nothing_twice(tmp_path: Path) -> None:
         assert len(service.asked) == 9
         play(service, directory, measure(*NUMBERS), cache=False)
         assert len(service.asked) == 13
-    assert not any(KEY.encode() in f.read_bytes() for f in directory.iterdir())
+    assert not any(KEY.encode() in f.read_bytes() for f in (directory / "judge").iterdir())
 
 
 def troubled(judge: Callable[[Asked], Told]) -> Callable[[Asked], Told]:
@@ -139,7 +139,7 @@ def troubled(judge: Callable[[Asked], Told]) -> Callable[[Asked], Told]:
         Told(status=429, headers={"Retry-After": "0.1"}, body="{}"),
         Told(status=500, body="oops"),
         Told(dropped=True),
-        Told(seconds=0.5),
+        Told(seconds=1.5),
         Told(body="<html>"),
         Told("The answer deserves a 9."),
         Told('{"score": 99, "better": "third"}'),
@@ -160,17 +160,20 @@ def troubled(judge: Callable[[Asked], Told]) -> Callable[[Asked], Told]:
 def test_trouble_changes_no_number(tmp_path: Path) -> None:
     texts = [f"answer {n}" for n in range(1, 11)]
     with serve(mark) as service:
-        calm, quiet = play(service, tmp_path / "a", measure(*texts), timeout_s=0.3)
+        calm, quiet = play(service, tmp_path / "a", measure(*texts))
+    # On a busy machine a call may be late of itself, so attempts are plenty.
+    hurry = {"timeout_s": 1.0, "attempts": 9}
     with serve(troubled(mark)) as service:
-        found, metrics = play(service, tmp_path / "b", measure(*texts), timeout_s=0.3)
+        found, metrics = play(service, tmp_path / "b", measure(*texts), **hurry)
         assert service.most_at_once > 1
     assert found == calm and calm == [round(n / 9, 6) for n in range(10)]
-    assert quiet["judge/retries"] == 0 and metrics["judge/retries"] == 20
-    assert metrics["judge/calls"] == 30 and metrics["judge/abstentions"] == 0
+    assert quiet["judge/retries"] == 0 and metrics["judge/retries"] >= 20
+    assert metrics["judge/calls"] == 10 + metrics["judge/retries"]
+    assert metrics["judge/abstentions"] == 0
     with serve(choose) as service:
         calm, _ = play(service, tmp_path / "c", measure(*texts), compare=True)
     with serve(troubled(choose)) as service:
-        found, metrics = play(service, tmp_path / "d", measure(*texts), compare=True, timeout_s=0.3)
+        found, metrics = play(service, tmp_path / "d", measure(*texts), compare=True, **hurry)
     # In a circle each meets the next: the smallest loses twice, the largest wins twice.
     assert found == calm == [0.0, *[0.5] * 8, 1.0]
     assert metrics["judge/order_consistency"] == 1.0 and metrics["judge/first_rate"] == 0.5
@@ -226,7 +229,7 @@ def test_the_budget_holds_over_restarts(tmp_path: Path) -> None:
 
 def test_so_many_calls_at_once(tmp_path: Path) -> None:
     def slow(asked: Asked) -> Told:
-        return Told(mark(asked).text, seconds=0.03)
+        return Told(mark(asked).text, seconds=0.1)
 
     with serve(slow) as service:
         play(service, tmp_path, measure(*(f"answer 1 {n}" for n in range(12))), concurrency=3)
