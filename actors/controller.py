@@ -263,11 +263,21 @@ class Controller:
         report: LearnerReport,
     ) -> dict[str, float]:
         metrics = measure_step(groups, admitted, report, version)
+        totals = self._ledger.totals
+        metrics |= {f"ledger/dropped/{reason}": n for reason, n in totals.dropped.items()}
+        metrics |= self._crew.scorer.take_metrics()
         return metrics | {
+            "ledger/dispatched": totals.dispatched,
+            "ledger/trained": totals.trained,
+            "ledger/in_flight": totals.in_flight,
+            "ledger/dropped": sum(totals.dropped.values()),
             "kl_coef": self._kl_coef,
             "sync_seconds": self._sync_seconds,
             "wait/generator": self._crew.rollouts.take_idle_seconds(),
             "workers/rollout": len(self._crew.rollouts.names),
+            "workers/learner": self._config.learner.count,
+            "restarts/learner": self._crew.learner.restarts,
+            "restarts/rollout": self._crew.rollouts.restarts,
         }
 
     def _adapt_kl(self, kl: float | None, batch: LearnerBatch) -> None:

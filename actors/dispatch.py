@@ -48,6 +48,10 @@ class Scorer(Protocol):
         """Pools whose size can be changed, by role."""
         ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """What scoring shows of itself since the last call."""
+        ...
+
     def stop(self) -> None:
         """End all workers."""
         ...

@@ -45,6 +45,11 @@ class DurableLearner:
         """Of the policy that it holds."""
         return self._step + self._shift
 
+    @property
+    def restarts(self) -> int:
+        """Groups that were lost so far."""
+        return len(self._budget.reasons)
+
     async def start(self, start: Start) -> tuple[WeightManifest, LearnerReport | None]:
         """Begin, or go on from a checkpoint and the batches after it: the version it then holds,
         and what the last of the batches showed.

@@ -176,6 +176,11 @@ class RolloutPool:
         """Workers, but those that are being let go."""
         return [member.name for member in self._members.values() if not member.draining]
 
+    @property
+    def restarts(self) -> int:
+        """Workers that were lost so far."""
+        return len(self._budget.reasons)
+
     def take_idle_seconds(self) -> float:
         """Seconds without any group in flight since the last call."""
         return self._idle.take()

@@ -29,6 +29,10 @@ class Judge(Protocol):
         """Have `count` workers; what was done, in words."""
         ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """Of what happened since the last call."""
+        ...
+
     def stop(self) -> None:
         """End them."""
         ...
@@ -96,6 +100,14 @@ class CompositeScorer:
             found["rewards"] = self._workers.scale
         if self._judge is not None:
             found["judges"] = self._judge.scale
+        return found
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of workers and judge, since the last call."""
+        found = {} if self._judge is None else self._judge.take_metrics()
+        if self._workers is not None:
+            found["workers/reward"] = float(self._workers.count)
+            found["restarts/reward"] = float(len(self._workers.failures))
         return found
 
     def stop(self) -> None:

@@ -30,6 +30,7 @@ from actors.run_files import RunFiles
 from actors.scoring import CompositeScorer
 from actors.supervision import BudgetSpent
 from jobs.align_journal import AlignJournal
+from jobs.align_rows import spell_tokens
 from jobs.entry import locate, main, model_directory, section
 from jobs.intent import perform_alignment
 from raylign.config import AlignConfig, Recipe, UserError
@@ -79,6 +80,13 @@ def check(config: AlignConfig) -> None:
         raise UserError(
             f"align.group_size={config.group_size}: {algorithm.name} compares the completions of a "
             "prompt with each other; give 2 or more, or choose an algorithm that needs no groups"
+        )
+    if "critic" in config.model_fields_set and not algorithm.needs_values:
+        raise UserError(f"align.critic has no effect with {algorithm.name}; leave it out")
+    if config.algorithm.minibatches > config.prompts_per_step:
+        raise UserError(
+            f"align.algorithm.minibatches={config.algorithm.minibatches} of "
+            f"align.prompts_per_step={config.prompts_per_step} groups: each needs one at least"
         )
     if algorithm.dynamic_sampling and config.sampling.temperature == 0:
         raise UserError(
@@ -179,7 +187,7 @@ async def _learn(
         {prompt.id: prompt for prompt in prompts},
         build_sinks(config.sinks, draft.path, settings),
         config.examples_every,
-        lambda ids: [tokenizer.decode([token]) for token in ids],
+        partial(spell_tokens, tokenizer),
     )
     placement = place(config)
     scorer = await _hire_scorer(config, model, placement, own, files)

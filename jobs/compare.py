@@ -54,7 +54,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     prompts, prompts_hash = locate(run, config.prompts, "corpus", "prepare", "compare.prompts")
     if prompts.is_dir():
         prompts = prompts / "prompts.jsonl"
-    check_sources(config.reward, "compare.reward")
+    check_sources(config.reward, model)
     if config.judge.model_fields_set:
         check_judge(config.judge, config.completions)
 

@@ -17,7 +17,7 @@ def choose_pairs(
     for index, text in enumerate(texts):
         seen.setdefault(text, index)
     order = sorted(seen.values(), key=lambda index: (-rewards[index], index))
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for better, worse in zip(order, reversed(order), strict=True):
         gap = rewards[better] - rewards[worse]
         if len(pairs) == count or gap <= least_gap:
