@@ -76,8 +76,9 @@ class JudgePool:
         content: str = "",
         tempo: Tempo | None = None,
     ) -> None:
-        """Verdicts are kept in `judge/` of the stage's `directory`. `model` has the weights of `judge.model`, where that
-        is a stage, and `content` their hash, which verdicts are kept under.
+        """Verdicts are kept in `judge/` of the stage's `directory`. `model` has the weights of
+        `judge.model`, where that is a stage, and `content` their hash, which verdicts are kept
+        under.
 
         Raises `UserError` for a rubric, a key, or a model that cannot be used.
         """
