@@ -157,10 +157,9 @@ class Dispatcher:
         tasks = [asyncio.create_task(group) for group in waiting]
         try:
             return list(await asyncio.gather(*tasks))
-        except BaseException:
+        finally:
             for task in tasks:
-                task.cancel()
-            raise
+                task.cancel()  # of those that are done, nothing
 
     async def _make_group(self, step: int, request: RolloutRequest) -> Group:
         """A group that is found on disk, of an interrupted attempt, or asked for."""

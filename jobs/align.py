@@ -55,7 +55,7 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     prompts, prompts_hash = locate(run, config.prompts, "corpus", "prepare", "align.prompts")
     if prompts.is_dir():
         prompts = prompts / "prompts.jsonl"
-    check(config)
+    check(config, model)
     parents = {"model": model_hash, "prompts": prompts_hash}
 
     def build(draft: Draft) -> None:
@@ -70,8 +70,9 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     perform_alignment(run, config, recipe.seed, parents, board, build)
 
 
-def check(config: AlignConfig) -> None:
-    """What can be known to be wrong before anything is started; raises `UserError`."""
+def check(config: AlignConfig, model: Path | None = None) -> None:
+    """What can be known to be wrong before anything is started; raises `UserError`. `model`: the
+    policy's directory."""
     try:
         algorithm, _ = resolve_algorithm(config.algorithm)
     except ValueError as error:
@@ -93,7 +94,7 @@ def check(config: AlignConfig) -> None:
             "align.sampling.temperature=0 gives the same completion every time, and "
             f"{algorithm.name} asks for others until they differ; raise it"
         )
-    check_sources(config.reward)
+    check_sources(config.reward, model)
     check_sinks(config.sinks)
     if config.judge.model_fields_set:
         check_judge(config.judge, config.group_size)

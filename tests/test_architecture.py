@@ -62,7 +62,8 @@ BROAD_HANDLERS = {
     "raylign.inference.serving": "the edge of the generator's thread: waiting callers must hear",
     "raylign.training.supervised": "the edge of the fitting thread: the main one raises it",
     "jobs.tune": "the edge of two threads: a trial's job, and the search",
-    "actors.controller": "whatever ends the run, its tasks are cancelled before it is raised again",
+    "raylign.environments.responding": "a user's environment may raise anything; it is counted",
+    "raylign.rewards.guest": "the edge of a confined process: what foreign code raises is reported",
 }
 
 

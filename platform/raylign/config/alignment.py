@@ -173,6 +173,8 @@ class AlignConfig(Section):
         placed = self.judge.model is not None or self.judge.endpoint is not None
         if self.reward.judged and not placed:
             raise ValueError("reward.source=judge: give judge.model or judge.endpoint")
+        if self.reward.uses("environment") and self.environment.source is None:
+            raise ValueError("reward.source=environment: give environment.source")
         if self.judge.model_fields_set and not self.reward.judged:
             raise ValueError("judge has no effect unless reward.source, or a part's, is judge")
         return self

@@ -72,8 +72,8 @@ class RewardConfig(Section):
     """What scores trajectories."""
 
     source: str = "arithmetic"
-    """A verifier's name, or `module:function` taking (completion, reference); `judge`, or `model`
-    with `model`."""
+    """A verifier's name, or `module:function` taking (completion, reference); `judge`,
+    `environment`, or `model` with `model`."""
     model: Path | None = None
     """source=model: a stage of `jobs.reward_model`, or a directory with a scoring model."""
     parts: dict[str, RewardPartConfig] = Field(default={})
@@ -92,7 +92,7 @@ class RewardConfig(Section):
     threads: Count = 1
     """Torch threads of a reward model."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Longest scoring of one group."""
+    """Longest scoring of one group; programs and mathematics have limits of their own on top."""
     attempts: Count = 3
     """Times that a group is given to a worker before it is set aside; a worker that died or timed
     out says nothing about the completions."""
@@ -112,7 +112,13 @@ class RewardConfig(Section):
     @property
     def judged(self) -> bool:
         """Whether a judge is among the sources."""
-        return "judge" in {self.source, *(part.source for part in self.parts.values())}
+        return self.uses("judge")
+
+    def uses(self, source: str) -> bool:
+        """Whether a source is among them."""
+        if self.parts:
+            return any(part.source == source for part in self.parts.values())
+        return self.source == source
 
 
 class JudgeConfig(Section):
