@@ -24,7 +24,7 @@ from raylign.inference.endpoint import (
 )
 from tests.inference.service import Asked, Service, Told, serve
 
-KEY = "sk-secret-0123456789"
+KEY = "token-secret-0123456789"
 SCHEMA = {"type": "object", "properties": {}}
 
 
@@ -169,7 +169,8 @@ def test_no_key_and_no_model_end_the_run_and_show_no_key(key_file: Path) -> None
         with pytest.raises(UserError, match=r"access denied .HTTP 401: Incorrect key") as raised:
             play(service, ask, key_file)
         assert f"judge.key_file={key_file}" in str(raised.value)
-        assert "sk-" not in str(raised.value) and len(service.asked) == 1
+        assert KEY not in str(raised.value) and "sk-" not in str(raised.value)
+        assert len(service.asked) == 1
         service.models_status = 403
         with pytest.raises(UserError, match=r"give the file of its key as align.judge.key_file"):
             play(service, ask)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -125,7 +125,7 @@ class Rubric:
         texts |= dict(zip(_FIELDS[self.compare], completions, strict=True))
         pattern = _compile(tuple(sorted(set(controls))))
         texts = {name: break_controls(text, pattern) for name, text in texts.items()}
-        code = _choose_code(texts)
+        code = choose_code(texts.values())
 
         def place(match: re.Match[str]) -> str:
             if match[1]:
@@ -239,12 +239,12 @@ def _compile(controls: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join([*own, _CONTROLS]))
 
 
-def _choose_code(texts: Mapping[str, str]) -> str:
-    """Hexadecimal digits that occur in none of `texts`."""
-    whole = "\x1f".join(texts.values())
+def choose_code(texts: Iterable[str], digits: int = 8) -> str:
+    """Hexadecimal digits that occur in none of `texts`, and depend on nothing else."""
+    whole = "\x1f".join(texts)
     attempt = 0
     while True:
-        code = hashlib.sha256(f"{attempt}\x1f{whole}".encode(errors="replace")).hexdigest()[:8]
+        code = hashlib.sha256(f"{attempt}\x1f{whole}".encode(errors="replace")).hexdigest()[:digits]
         if code not in whole:
             return code
         attempt += 1
