@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,9 +155,14 @@ def test_an_episode_goes_on_where_it_was_taken_back(loop: GeneratorLoop) -> None
 def test_an_episode_that_is_answered_differently_starts_over(loop: GeneratorLoop) -> None:
     [whole] = loop.submit([Request((5, 6), SEEDED, respond=Echo)])
     [episode] = whole.result(30)
-    begun = Episode(episode.turns[:2], episode.replies[:2])
-    [future] = loop.submit([Request((5, 6), SEEDED, respond=lambda: Echo(7), begun=(begun,))])
+    strange = replace(episode.turns[0], token_ids=(9, 9, 9, 9))
+    replies = (Reply((9, 5), 0.25), episode.replies[1])
+    begun = (Episode((strange, episode.turns[1]), replies),)
+    [same] = loop.submit([Request((5, 6), SEEDED, respond=Echo, begun=begun)])
+    assert same.result(30)[0].turns[0] is strange
+    [future] = loop.submit([Request((5, 6), SEEDED, respond=lambda: Echo(7), begun=begun)])
     [other] = future.result(30)
+    assert other.turns[0].token_ids == episode.turns[0].token_ids
     assert other.replies[1].tokens == (other.turns[1].token_ids[-1], 7)
     assert len(other.turns) == 3
 
