@@ -54,6 +54,14 @@ def test_a_prompt_that_does_not_fit_fails_alone(loop: GeneratorLoop) -> None:
     assert fine.result(30)
 
 
+def test_sampling_that_cannot_be_served_fails_alone(loop: GeneratorLoop) -> None:
+    odd = loop.submit([Request((5, 6), replace(GREEDY, schema="{}"), 3)])[0]
+    fine = ask(loop, (5, 6))
+    with pytest.raises(ValueError, match="schema"):
+        odd.result(30)
+    assert fine.result(30)
+
+
 def test_calls_run_in_the_generator_thread_between_steps(loop: GeneratorLoop) -> None:
     assert loop.call(lambda g: threading.current_thread().name).result(30) == "generator"
     assert loop.call(lambda g: g.version).result(30) == 0

@@ -187,19 +187,22 @@ class GeneratorLoop:
             self._generator.forget()
         for group in parcel.groups:
             request = group.request
-            if len(request.prompt) >= self._generator.max_length:  # this prompt's fault alone
-                group.future.set_exception(
-                    ValueError(
-                        f"the prompt has {len(request.prompt)} tokens; the context holds "
-                        f"{self._generator.max_length}"
-                    )
-                )
-                continue
-            self._groups[group.future] = group
             group.lines = [_Line(group, index) for index in range(request.count)]
-            for line in group.lines:
-                self._begin(line, request.begun[line.index] if request.begun else Episode())
-            self._settle(group)
+            self._groups[group.future] = group
+            try:
+                self._check(request)
+                for line in group.lines:
+                    self._begin(line, request.begun[line.index] if request.begun else Episode())
+            except ValueError as error:  # this request's fault alone
+                self._drop(group)
+                group.future.set_exception(error)
+            else:
+                self._settle(group)
+
+    def _check(self, request: Request) -> None:
+        length, most = len(request.prompt), self._generator.max_length
+        if length >= most:
+            raise ValueError(f"the prompt has {length} tokens; the context holds {most}")
 
     def _begin(self, line: _Line, begun: Episode) -> None:
         """Take an episode up where it was left."""
@@ -224,11 +227,11 @@ class GeneratorLoop:
             return
         # Completions and turns differ in their seeds; the generator adds the tokens drawn so far.
         own = request.sampling.seed_of(line.index, len(line.turns))
-        line.key = next(self._keys)
+        key = next(self._keys)
         partial = [line.partial] if line.partial else None
         sampling = replace(request.sampling, seed=own)
-        self._generator.submit(line.key, prompt, sampling, 1, partial)
-        self._lines[line.key] = line
+        self._generator.submit(key, prompt, sampling, 1, partial)
+        self._lines[key], line.key = line, key
         line.partial = None
 
     def _end_turn(self, line: _Line, sample: Sample) -> None:
@@ -280,13 +283,18 @@ class GeneratorLoop:
             line.key = None
         line.answer = None
 
-    def _take_back(self, future: Future[tuple[Episode, ...]]) -> tuple[Episode, ...] | None:
-        group = self._groups.pop(future, None)
-        if group is None:
-            return None
+    def _drop(self, group: _Group) -> None:
+        """Serve a request no longer."""
         for line in group.lines:
             self._halt(line)
         self._awaited = [line for line in self._awaited if line.group is not group]
+        del self._groups[group.future]
+
+    def _take_back(self, future: Future[tuple[Episode, ...]]) -> tuple[Episode, ...] | None:
+        group = self._groups.get(future)
+        if group is None:
+            return None
+        self._drop(group)
         future.cancel()
         return tuple(line.freeze() for line in group.lines)
 
