@@ -219,6 +219,14 @@ def ids(samples: list[Sample]) -> list[tuple[int, ...]]:
     return [sample.token_ids for sample in samples]
 
 
+def test_sampling_that_vllm_does_not_know_is_refused(generator: Generator) -> None:
+    if type(generator).__name__ != "VLLMGenerator":
+        pytest.skip("transformers knows any temperature")
+    with pytest.raises(ValueError, match=r"prompt hot: temperature must be in \[0, 2\]"):
+        generator.submit("hot", PROMPTS[0], Sampling(temperature=9.0))
+    assert not generator.pending
+
+
 def test_each_completion_of_a_seeded_request_has_its_own_noise(generator: Generator) -> None:
     [first] = generate(generator, PROMPTS[:1], SEEDED, count=4)
     [again] = generate(generator, PROMPTS[:1], SEEDED, count=4)

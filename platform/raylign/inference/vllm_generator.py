@@ -59,6 +59,7 @@ class VLLMGenerator:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         try:
             from vllm import EngineArgs, SamplingParams
+            from vllm.exceptions import VLLMClientError
             from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
             from vllm.v1.engine import FinishReason
             from vllm.v1.engine.llm_engine import LLMEngine
@@ -70,10 +71,9 @@ class VLLMGenerator:
         if not (model / "config.json").is_file():
             raise UserError(f"{model} is no model directory: it has no config.json")
         self._sampling_params, self._final = SamplingParams, RequestOutputKind.FINAL_ONLY
-        self._structure = StructuredOutputsParams
+        self._structure, self._refusal = StructuredOutputsParams, VLLMClientError
         self._aborted = FinishReason.ABORT
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu:
+        if not (on_gpu := torch.cuda.is_available()):
             _check_head_size(model)
         settings = EngineArgs(
             model=str(model),
@@ -109,6 +109,19 @@ class VLLMGenerator:
         sampling: Sampling,
         count: int = 1,
         partial: Sequence[Sample] | None = None,
+    ) -> None:
+        try:
+            self._submit(key, prompt, sampling, count, partial)
+        except self._refusal as error:  # such as a temperature that vLLM does not know
+            raise ValueError(f"prompt {key}: {error}") from None
+
+    def _submit(
+        self,
+        key: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        partial: Sequence[Sample] | None,
     ) -> None:
         if len(prompt) >= self.max_length:
             raise ValueError(
