@@ -33,14 +33,14 @@ from jobs.align_journal import AlignJournal
 from jobs.align_rows import spell_tokens
 from jobs.entry import locate, main, model_directory, section
 from jobs.intent import perform_alignment
-from raylign.config import AlignConfig, Recipe, UserError
+from raylign.config import AlignConfig, JudgeConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
 from raylign.models.folding import require_plain
 from raylign.models.loading import load_config, load_tokenizer, require_chat_template
 from raylign.records import Prompt
 from raylign.rewards.hearing import check_judge
 from raylign.rewards.panel import check_sources
-from raylign.run import Draft, Run
+from raylign.run import Draft, Run, content_hash
 from raylign.runtime import derive_seed
 from raylign.sinks import build_sinks, check_sinks
 from raylign.tracking import Bar, ProgressBoard
@@ -234,6 +234,19 @@ def _hire_rollouts(
     )
 
 
+async def hire_judge(config: JudgeConfig, stage: Path, seed: int) -> JudgePool:
+    """A judge that can be asked; its verdicts are kept in `stage`, by the content of its model."""
+    served, content = None, ""
+    if config.model is not None:
+        if not config.model.is_dir():
+            raise UserError(f"judge.model={config.model}: no such directory")
+        served, content = model_directory(config.model), content_hash(config.model)
+    seed = derive_seed(seed, "judge")
+    judge = JudgePool(config, stage, seed, model=served, content=content)
+    await judge.start()
+    return judge
+
+
 async def _hire_scorer(
     config: AlignConfig, model: Path, placement: Placement, seed: int, files: RunFiles
 ) -> CompositeScorer:
@@ -241,9 +254,7 @@ async def _hire_scorer(
     sources = [part.source for part in config.reward.parts.values()] or [config.reward.source]
     judge = None
     if config.reward.judged:
-        served = None if config.judge.model is None else model_directory(config.judge.model)
-        judge = JudgePool(config.judge, files.stage, derive_seed(seed, "judge"), model=served)
-        await judge.start()
+        judge = await hire_judge(config.judge, files.stage, seed)
     workers = None
     if set(sources) != {"judge"}:
         spawn = partial(

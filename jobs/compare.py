@@ -19,7 +19,6 @@ from typing import Any
 
 import ray
 
-from actors.judge import JudgePool
 from actors.placement import place_rollout
 from actors.reward import RewardPool, spawn_reward_worker
 from actors.rollout_pool import RolloutPool
@@ -27,7 +26,7 @@ from actors.scoring import CompositeScorer
 from actors.supervision import BudgetSpent, PromptLost
 from actors.teacher import TeacherWorker
 from actors.weights import Canary, WeightManifest
-from jobs.align import read_prompts
+from jobs.align import hire_judge, read_prompts
 from jobs.comparisons import PAIRS_FILE, PAIRS_STAGE
 from jobs.entry import locate, main, model_directory, perform, section
 from raylign.config import CompareConfig, Recipe, UserError
@@ -123,9 +122,7 @@ async def _hire_scorer(
     sources = [part.source for part in config.reward.parts.values()] or [config.reward.source]
     judge = None
     if config.reward.judged:
-        served = None if config.judge.model is None else model_directory(config.judge.model)
-        judge = JudgePool(config.judge, stage, derive_seed(seed, "judge"), model=served)
-        await judge.start()
+        judge = await hire_judge(config.judge, stage, seed)
     workers = None
     if set(sources) != {"judge"}:
         reward = config.reward

@@ -18,7 +18,8 @@ from tests.faults.lab import (
     since,
 )
 
-_LONG = ("steps=6", "sampling={max_tokens: 32}")
+# Long enough for a successor to start beside the others and join them.
+_LONG = ("steps=150", "checkpoint_every=50", "sampling={max_tokens: 32}")
 
 
 @fault(
@@ -119,7 +120,7 @@ def kill_all(lab: Lab) -> Outcome:
     "another one is started; the run goes on with those that are left",
 )
 def kill_successor(lab: Lab) -> Outcome:
-    with lab.run(*_LONG, "steps=8") as run:
+    with lab.run(*_LONG) as run:
         run.start()
         run.wait_for_step(1)
         first = run.processes("RolloutWorker")

@@ -150,7 +150,7 @@ class JudgeConfig(Section):
     max_tokens: Count = 256
     """Longest verdict."""
     attempts: Count = 3
-    """Times that an unreadable verdict or a failed call is asked for again."""
+    """Times that an unreadable verdict or a failed call is asked for again, beyond the first."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Longest wait for one verdict."""
     concurrency: Count = 32
