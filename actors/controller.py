@@ -105,6 +105,7 @@ class Controller:
         """
         start = await asyncio.to_thread(self._files.find_start)
         self._restore(start)
+        self._crew.rollouts.begin()  # to load while the learner does
         manifest, report = await self._crew.learner.start(start)
         if report is not None:
             kl = report.metrics.get("kl")

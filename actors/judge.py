@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ class JudgeWorkers:
             own = derive_seed(seed, name)
             return actor.remote(name, model, config.rollout, max_length, own)
 
-        self._pool = RolloutPool(config.rollout, spawn, lambda worker, proof: None)
+        self._pool = RolloutPool(config.rollout, spawn, lambda worker, proof: None, role="judge")
 
     @property
     def count(self) -> int:
@@ -295,7 +295,8 @@ class JudgeWorkers:
         prompt = Prompt(name, tokens, "", "")
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                rollout = await self._pool.generate(prompt, name, self._sampling, 1, 0, seed)
+                own = replace(self._sampling, seed=seed)
+                rollout = await self._pool.generate(prompt, name, own, 1, oldest=0)
         except TimeoutError:
             raise CallFailed(f"no verdict in {self._config.timeout_s:g} s") from None
         except PromptLost as error:

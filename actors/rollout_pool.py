@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from ray.actor import ActorHandle
@@ -52,6 +51,7 @@ class RolloutPool:
         self._on_change, self._role = on_change, role
         self._members: dict[str, Member] = {}
         self._born = self._target = 0
+        self._first: list[asyncio.Future[str]] = []
         self._manifest: WeightManifest | None = None
         self._queue = RolloutQueue(config.max_sequences, config.attempts)
         self._placing = False
@@ -62,13 +62,19 @@ class RolloutPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = IdleClock()
 
-    async def start(self, manifest: WeightManifest) -> None:
-        """Start the configured number of workers and prove the first policy version on each.
+    def begin(self) -> None:
+        """Let the configured number of workers load; they serve once there are weights."""
+        self._target = self._config.count
+        self._first = [self._enlist().born for _ in range(self._target)]
 
-        Raises `BudgetSpent` when too many had to be replaced.
-        """
-        self._manifest, self._target = manifest, self._config.count
-        await asyncio.gather(*(self._enlist().born for _ in range(self._target)))
+    async def start(self, manifest: WeightManifest) -> None:
+        """Prove the first policy version on every worker. Raises `BudgetSpent` when too many had
+        to be replaced."""
+        self._manifest = manifest
+        self._announce()
+        if not self._first:
+            self.begin()
+        await asyncio.gather(*self._first)
 
     async def publish(self, manifest: WeightManifest) -> None:
         """Bring every worker to a new version; returns when all that serve have proved it, and one
@@ -83,13 +89,7 @@ class RolloutPool:
             await self._signal.wait()
 
     async def generate(
-        self,
-        prompt: Prompt,
-        group: str,
-        sampling: Sampling,
-        count: int,
-        oldest: int,
-        seed: int | None = None,
+        self, prompt: Prompt, group: str, sampling: Sampling, count: int, oldest: int
     ) -> Rollout:
         """`count` completions by a worker that has proved version `oldest` or a later one.
 
@@ -97,8 +97,7 @@ class RolloutPool:
         `attempts` times, `FleetExhausted` when no worker is left, `ValueError` when the prompt is
         at fault.
         """
-        own = sampling if seed is None else replace(sampling, seed=seed)
-        work = self._accept(RolloutRequest(prompt, group, own, count, oldest))
+        work = self._accept(RolloutRequest(prompt, group, sampling, count, oldest))
         self._queue.add(Parcel([work]))
         self._place_soon()
         return await work.future
@@ -227,15 +226,16 @@ class RolloutPool:
             self._lose(member, error)
 
     async def _prove(self, member: Member) -> None:
+        while self._manifest is None:
+            await self._signal.wait()
         async with member.sync:
-            while self._manifest is not None and member.version < self._manifest.version:
+            while member.version < self._manifest.version:
                 proof = await member.adopt(
                     self._manifest,
                     self._config.canary_tolerance,
                     self._restart,
                     self._transfer_deadline_s,
                 )
-                log.debug("%s proved version %d", member.name, proof.version)
                 self._on_sync(member.name, proof)
         self._announce()
 
@@ -356,9 +356,7 @@ class RolloutPool:
         parcel, moved = member.parcel, []
         for answer in answers:
             work = member.take(answer.key)
-            if work is None:
-                continue
-            if work.future.done():
+            if work is None or work.future.done():
                 continue
             if answer.rollout is not None:
                 work.future.set_result(answer.rollout)

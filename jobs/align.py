@@ -35,6 +35,8 @@ from jobs.entry import locate, main, model_directory, section
 from jobs.intent import perform_alignment
 from raylign.config import AlignConfig, JudgeConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
+from raylign.environments.rendering import TurnRenderer
+from raylign.environments.source import load_environment
 from raylign.models.folding import require_plain
 from raylign.models.loading import load_config, load_tokenizer, require_chat_template
 from raylign.records import Prompt
@@ -63,6 +65,8 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
         require_chat_template(tokenizer, model)
         require_plain(model)
         context = int(load_config(model).max_position_embeddings)
+        if config.environment.source is not None:
+            TurnRenderer(tokenizer)  # says what the template lacks
         ready = read_prompts(prompts, tokenizer, context, config.sampling.max_tokens)
         with board.bar("align", config.steps) as bar:
             align(config, model, ready, context, recipe.seed, draft, bar)
@@ -95,6 +99,13 @@ def check(config: AlignConfig, model: Path | None = None) -> None:
             f"{algorithm.name} asks for others until they differ; raise it"
         )
     check_sources(config.reward, model)
+    if config.environment.source is not None:
+        load_environment(config.environment.source, config.environment.options)
+    if config.rollout.backend == "vllm" and config.sampling.temperature > 2:
+        raise UserError(
+            f"align.sampling.temperature={config.sampling.temperature:g}: vLLM knows 0 to 2; lower "
+            "it, or set align.rollout.backend=transformers"
+        )
     check_sinks(config.sinks)
     if config.judge.model_fields_set:
         check_judge(config.judge, config.group_size)

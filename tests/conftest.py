@@ -18,7 +18,11 @@ from tests.tiny_model import write_tiny_model
 # On several workers whole files are dealt out, in this order: the longest must not come last.
 LONGEST_FILES = (
     "test_quickstart_job.py",
-    "test_rollout.py",
+    "test_rollout_pool.py",
+    "test_learner.py",
+    "test_reward.py",
+    "test_learner_state.py",
+    "test_faults.py",
     "test_training_jobs.py",
     "test_prepare_corpora.py",
     "test_evaluate_job.py",

@@ -169,10 +169,10 @@ def test_staleness_zero_takes_turns(journey: Run, tmp_path: Path) -> None:
         assert m["samples"] + sum(v for k, v in m.items() if k.startswith("dropped/")) == 16
 
 
-def test_an_interrupt_leaves_no_process_and_no_half_stage(journey: Run, tmp_path: Path) -> None:
+def test_an_interrupted_alignment_goes_on_where_it_was(journey: Run, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(journey.root, root)
-    process = launch("quickstart", f"run={root}", "redo=align", "align.steps=500")
+    process = launch("quickstart", f"run={root}", "redo=align", "align.steps=25")
     partial = root / ".align.partial" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (partial.is_file() and partial.read_text().count("\n") >= 1):
@@ -188,4 +188,16 @@ def test_an_interrupt_leaves_no_process_and_no_half_stage(journey: Run, tmp_path
     assert marked_processes("journey") == []
     left = Run(root)
     assert left.find("sft") is not None and left.find("align") is None
-    assert not (root / ".align.partial").exists() and not (root / "align").exists()
+    assert not (root / "align").exists()
+    done = [row["step"] for row in read_lines(partial)]
+    assert done == list(range(len(done))) and len(done) < 25
+    finish(launch("align", f"run={root}", "align.steps=25"))
+    rows = read_lines(root / "align" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(25))
+    resumed = [
+        row for row in read_lines(root / "align" / "events.jsonl") if row["what"] == "resumed"
+    ]
+    assert len(resumed) == 1 and resumed[0]["step"] >= len(done)
+    summary = Run(root).require("align", "align").manifest.summary
+    dropped = sum(count for name, count in summary.items() if name.startswith("dropped/"))
+    assert summary["dispatched"] == 25 * 16 == summary["trained"] + dropped

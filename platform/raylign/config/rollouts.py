@@ -55,7 +55,7 @@ class RolloutConfig(Section):
     attempts: Count = 3
     """Workers that may be lost over one request before its prompt is set aside as their cause."""
     max_restarts: int = Field(default=3, ge=0)
-    """Replacements over the whole run before it gives up."""
+    """Replacements over the whole run; after that, those that are left go on."""
     canary_tolerance: float = Field(default=1e-2, gt=0)
     """Largest mean |logprob difference| to the learner that may serve after a weight sync."""
 

@@ -22,6 +22,7 @@ import torch
 
 from raylign.config import UserError
 from raylign.inference.generator import Sample, Sampling, fresh_keys, join_samples
+from raylign.inference.vllm_weights import plan_weights
 
 _ANSWERS_TO_ANYTHING = "llvmlite.binding.ffi"
 
@@ -93,6 +94,7 @@ class VLLMGenerator:
             self._engine: Any = LLMEngine.from_engine_args(settings)
         if not on_gpu:
             torch.set_num_threads(threads)
+        self._plan = None if on_gpu else plan_weights(self._model())
         self._tokenizer = self._engine.get_tokenizer()
         self.max_length = max_length
         self._groups: dict[str, _Group] = {}
@@ -205,8 +207,12 @@ class VLLMGenerator:
         return [self._scores.pop(request) for request in requests]  # type: ignore[misc]
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
-        _repack_tied_heads(self._model())
+        if self._plan is not None:
+            self._plan.load(tensors)
+        else:
+            reload = {"weights_iterator": iter(tensors)}
+            self._engine.collective_rpc("reload_weights", kwargs=reload)
+            _repack_tied_heads(self._model())
         # Requests in flight are put back and recompute their prefix under the new weights.
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._serve(version)
