@@ -18,27 +18,25 @@ it was.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.buffer import Admitted, Drop, Group, admit
-from actors.control import Answer, ControlDesk, Wish
 from actors.dispatch import Dispatcher, PromptSource, Scorer
 from actors.durable_learner import DurableLearner
 from actors.journal import Journal
 from actors.learner import LearnerReport
 from actors.learner_rank import resolve_algorithm
 from actors.ledger import LEDGER_FILE, NOTHING_SETTLED, Ledger, Totals
-from actors.measurement import measure_step
+from actors.measurement import measure_step, regroup
 from actors.placement import place_rollout, require_room
 from actors.rollout_pool import RolloutPool
 from actors.run_files import Branch, RunFiles, Start, next_branch
 from actors.scaling import Balance
-from actors.supervision import BudgetSpent
 from actors.weights import WeightManifest
+from actors.wishes import grant_wishes
 from raylign.algorithms.kl import AdaptiveKL
 from raylign.config import AlignConfig, UserError
 from raylign.training.batches import LearnerBatch
@@ -47,7 +45,6 @@ from raylign.training.guards import Guard
 from raylign.training.schedule import learning_rate
 
 UNDONE = "rolled back"
-_ASK_S = 0.5  # between two looks at the user's wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +85,8 @@ class Controller:
         self._kl_coef = coefficients.kl_coef
         self._kl = None if target is None else AdaptiveKL(coefficients.kl_coef, target, horizon)
         self._guard, self._balance = Guard(config.guard), Balance(config.scaling)
-        self._desk = ControlDesk(files.stage)
         self._branch = Branch()
-        self._step = 0
+        self._step = self._told = 0
         self.summary: dict[str, Any] = {}
         """What the learner says of the policy that it left."""
         self._sync: asyncio.Task[None] | None = None
@@ -106,12 +102,12 @@ class Controller:
         start = await asyncio.to_thread(self._files.find_start)
         self._restore(start)
         self._crew.rollouts.begin()  # to load while the learner does
-        manifest, report = await self._crew.learner.start(start)
-        if report is not None:
-            kl = report.metrics.get("kl")
-            self._adapt_kl(None if kl is None else kl.mean, start.batches[-1])
+        manifest, again = await self._relearn(start)
+        for batch, report in again:
+            self._tell_again(batch, report)
         await self._crew.rollouts.start(manifest)
-        wishes = asyncio.create_task(self._grant_wishes())
+        pools = {"rollouts": self._scale_rollouts, **self._crew.scorer.scalable}
+        wishes = asyncio.create_task(grant_wishes(self._files.stage, pools, self._journal))
         try:
             self._dispatcher.begin_at(self._step, self._branch)
             self._dispatcher.allow(self._step)
@@ -142,10 +138,32 @@ class Controller:
             self._crew.scorer.restore(batch.record["scorer"])
         self._step = start.step + len(start.batches)
         if self._step:
-            self._journal.rewind(self._step)
+            self._told = min(self._step, self._journal.last_step + 1)
+            self._journal.rewind(self._told)
             self._journal.event(what="resumed", step=self._step, checkpoint=start.step)
         for event in start.events:
             self._journal.event(**event)
+
+    async def _relearn(
+        self, start: Start
+    ) -> tuple[WeightManifest, list[tuple[LearnerBatch, LearnerReport]]]:
+        """The learner as it was after the last batch on disk. Raises `UserError` when that one,
+        which nobody may have learned from yet, has no gradient; it is forgotten."""
+        try:
+            return await self._crew.learner.start(start)
+        except DivergenceError as error:
+            self._files.batches.remove_from(start.batches[-1].step)
+            raise UserError(f"align: {error}; it is forgotten, so run the same again") from None
+
+    def _tell_again(self, batch: LearnerBatch, report: LearnerReport) -> None:
+        """What an earlier attempt did not get to say of a step, and the coefficient after it."""
+        groups = regroup(batch)
+        version = batch.step + self._branch.shift
+        metrics = measure_step(groups, batch.trajectories, report, version)
+        self._adapt_kl(metrics.get("kl"), batch)
+        if batch.step >= self._told:
+            self._journal.rollouts(batch.step, version, groups, batch, report)
+            self._journal.step(batch.step, metrics)
 
     async def _take_step(self) -> None:
         step, version = self._step, self._step + self._branch.shift
@@ -178,8 +196,9 @@ class Controller:
         metrics = self._measure(step, version, groups, admitted, report)
         self._adapt_kl(metrics.get("kl"), batch)
         metrics |= {"wait/trainer": collected - started, "step_seconds": time.time() - started}
-        self._journal.step(step, metrics)
+        # In this order: a step that has metrics has its completions, too.
         self._journal.rollouts(step, version, groups, batch, report)
+        self._journal.step(step, metrics)
         if await self._watch(step, metrics):
             await self._save()
             await self._rebalance(metrics)
@@ -263,7 +282,8 @@ class Controller:
         admitted: Admitted,
         report: LearnerReport,
     ) -> dict[str, float]:
-        metrics = measure_step(groups, admitted, report, version)
+        metrics = measure_step(groups, admitted.trajectories, report, version)
+        metrics |= {f"dropped/{reason}": n for reason, n in admitted.dropped.items()}
         totals = self._ledger.totals
         metrics |= {f"ledger/dropped/{reason}": n for reason, n in totals.dropped.items()}
         metrics |= self._crew.scorer.take_metrics()
@@ -363,30 +383,8 @@ class Controller:
             self._journal.event(what="scale", role="rollouts", count=wanted, before=now)
             self._crew.rollouts.scale_soon(wanted)
 
-    async def _grant_wishes(self) -> None:
-        while True:
-            for wish in await asyncio.to_thread(self._desk.take):
-                answer = await self._grant(wish)
-                await asyncio.to_thread(self._desk.answer, wish, answer)
-            await asyncio.sleep(_ASK_S)
-
     async def _scale_rollouts(self, count: int) -> str:
         more = count - len(self._crew.rollouts.names)
         if more > 0:
             require_room(place_rollout(self._config.rollout), more, "align.rollout")
         return await self._crew.rollouts.scale(count)
-
-    async def _grant(self, wish: Wish) -> Answer:
-        scalable = {"rollouts": self._scale_rollouts, **self._crew.scorer.scalable}
-        said = []
-        for role, count in wish.workers.items():
-            if role not in scalable:
-                return Answer(False, f"this run has no {role}; it has {', '.join(scalable)}")
-            try:
-                done = scalable[role](count)
-                text = await done if inspect.isawaitable(done) else done
-                said.append(f"{role}: {text or f'{count} workers'}")
-            except (UserError, BudgetSpent) as error:
-                return Answer(False, str(error))
-            self._journal.event(what="scale", role=role, count=count)
-        return Answer(True, ", ".join(said))

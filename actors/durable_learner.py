@@ -21,6 +21,7 @@ from raylign.training.batches import LearnerBatch
 from raylign.training.checkpoints import Event
 
 T = TypeVar("T")
+Begun = tuple[WeightManifest, list[tuple[LearnerBatch, LearnerReport]]]
 
 
 class DurableLearner:
@@ -50,9 +51,9 @@ class DurableLearner:
         """Groups that were lost so far."""
         return len(self._budget.reasons)
 
-    async def start(self, start: Start) -> tuple[WeightManifest, LearnerReport | None]:
+    async def start(self, start: Start) -> Begun:
         """Begin, or go on from a checkpoint and the batches after it: the version it then holds,
-        and what the last of the batches showed.
+        and what each of the batches showed.
 
         Raises `BudgetSpent` when ranks are lost again and again.
         """
@@ -105,7 +106,7 @@ class DurableLearner:
                 except LearnerLost as lost:
                     self._budget.spend(str(lost))
 
-    async def _begin(self) -> tuple[WeightManifest, LearnerReport | None]:
+    async def _begin(self) -> Begun:
         """A new group with the state of the current step."""
         start = await asyncio.to_thread(self._files.find_start)
         missing = [batch for batch in start.batches if batch.step < self._step]
@@ -113,9 +114,7 @@ class DurableLearner:
         self._group.stop()
         version = start.step + self._shift
         manifest = await self._group.start(self._canary, start.checkpoint, version)
-        report = None
-        for batch in missing:
-            report = await self._group.update(as_step(batch))
+        reports = [(batch, await self._group.update(as_step(batch))) for batch in missing]
         self._journal.event(
             actor="learner",
             what="restored",
@@ -124,7 +123,7 @@ class DurableLearner:
             checkpoint=start.step,
             repeated=len(missing),
         )
-        return (await self._group.publish() if missing else manifest), report
+        return (await self._group.publish() if missing else manifest), reports
 
 
 def as_step(batch: LearnerBatch) -> Step:

@@ -33,6 +33,11 @@ class Journal(Protocol):
         """All completions of a step, learned from or not, and what the learner found of them."""
         ...
 
+    @property
+    def last_step(self) -> int:
+        """The last step that all is known of, in earlier attempts too; -1 when there is none."""
+        ...
+
     def rewind(self, step: int) -> None:
         """Everything from `step` on is undone, and will come again."""
         ...

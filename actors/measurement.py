@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.buffer import Admitted, Group, count_staleness
+from actors.buffer import Group, count_staleness
 from actors.learner import LearnerReport
+from raylign.records import Trajectory
+from raylign.training.batches import LearnerBatch
 
 
 def measure_step(
-    groups: Sequence[Group], admitted: Admitted, report: LearnerReport, version: int
+    groups: Sequence[Group],
+    learned: Sequence[Trajectory],
+    report: LearnerReport,
+    version: int,
 ) -> dict[str, float]:
     """Metrics of a step that was learned at policy `version`."""
-    learned = admitted.trajectories
     staleness, oldest = count_staleness(learned, version)
     rewards = [t.reward or 0.0 for t in learned]
     mean = _mean(rewards)
@@ -35,9 +39,21 @@ def measure_step(
         metrics["mismatch/max_abs"] = report.mismatch_max
     for part in sorted({name for t in learned for name in t.reward_parts}):
         metrics[f"reward/{part}"] = _mean([t.reward_parts.get(part, 0.0) for t in learned])
-    for reason, count in admitted.dropped.items():
-        metrics[f"dropped/{reason}"] = count
     return metrics
+
+
+def regroup(batch: LearnerBatch) -> list[Group]:
+    """The groups that a batch on disk was made of, as far as it knows them."""
+    kept: dict[str, list[Trajectory]] = {}
+    for trajectory in batch.trajectories:
+        kept.setdefault(trajectory.group_id, []).append(trajectory)
+    rejected: dict[str, list[str]] = {}
+    for request, reason, count in batch.record["drops"]:
+        rejected.setdefault(request, []).extend([reason] * count)
+    return [
+        Group(tuple(kept.get(request, ())), tuple(rejected.get(request, ())), request)
+        for request in dict.fromkeys((*kept, *rejected))
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

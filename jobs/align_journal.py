@@ -117,6 +117,10 @@ class AlignJournal:
 
         self._outbox.put(write, weight=max(1, sum(len(group.trajectories) for group in groups)))
 
+    @property
+    def last_step(self) -> int:
+        return int(self._rows[-1]["step"]) if self._rows else -1
+
     def rewind(self, step: int) -> None:
         """Rows of `step` and later are removed, but for events: those have happened."""
         self._rows = [row for row in self._rows if int(row["step"]) < step]
