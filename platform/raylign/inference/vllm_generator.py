@@ -100,8 +100,7 @@ class VLLMGenerator:
         self._groups: dict[str, _Group] = {}
         self._owners: dict[str, str] = {}  # the group of a request
         self._scores: dict[str, np.ndarray | None] = {}
-        self._finished: list[tuple[str, list[Sample]]] = []
-        self._keys = iter(fresh_keys("r"))
+        self._finished, self._keys = list[tuple[str, list[Sample]]](), iter(fresh_keys("r"))
         self._serve(0)
 
     def submit(
