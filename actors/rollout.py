@@ -26,7 +26,7 @@ from raylign.environments.rendering import TurnRenderer
 from raylign.environments.responding import EnvironmentResponder
 from raylign.environments.source import load_environment
 from raylign.inference.episode import Episode
-from raylign.inference.generator import Sampling, build_generator
+from raylign.inference.generator import AdapterForm, Sampling, build_generator
 from raylign.inference.serving import GeneratorLoop, Request
 from raylign.models.loading import load_tokenizer
 from raylign.records import Prompt, Trajectory
@@ -111,7 +111,9 @@ class RolloutWorker:
         max_length: int,
         seed: int,
         environment: EnvironmentConfig | None = None,
+        adapter: AdapterForm | None = None,
     ) -> None:
+        """adapter: what the versions of the policy come as, if they do not come whole."""
         self._name = name
         self._environment = environment
         if environment is not None and environment.source is not None:
@@ -127,6 +129,7 @@ class RolloutWorker:
             threads=config.threads,
             seed=seed,
             gpu_memory_share=config.gpu_memory_share,
+            adapter=adapter,
         )
         self._loop = GeneratorLoop(generator)
         self._done: queue.SimpleQueue[_Done | Answer] = queue.SimpleQueue()

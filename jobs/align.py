@@ -37,6 +37,8 @@ from raylign.config import AlignConfig, JudgeConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
 from raylign.environments.rendering import TurnRenderer
 from raylign.environments.source import load_environment
+from raylign.inference.generator import AdapterForm
+from raylign.models.adapters import outline_adapter
 from raylign.models.folding import require_plain
 from raylign.models.loading import load_config, load_tokenizer, require_chat_template
 from raylign.records import Prompt
@@ -229,11 +231,14 @@ def _hire_rollouts(
     seed: int,
     journal: AlignJournal,
 ) -> RolloutPool:
+    adapter = None
+    if config.transfer.adapter_only:
+        adapter = AdapterForm(*outline_adapter(load_config(model), config.adapter))
+
     def spawn(name: str) -> Any:
-        own = derive_seed(seed, name)
-        return spawn_rollout_worker(
-            name, placement.rollout, model, config.rollout, context, own, config.environment
-        )
+        own, place = derive_seed(seed, name), placement.rollout
+        more = (config.environment, adapter)
+        return spawn_rollout_worker(name, place, model, config.rollout, context, own, *more)
 
     return RolloutPool(
         config.rollout,

@@ -302,8 +302,16 @@ def prove_engine() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory)
         save_model(initialise(config, seed=0), config, tokenizer, model)
-        options = {"max_length": 64, "kv_cache_mb": 64, "max_sequences": 4, "threads": 1, "seed": 0}
-        engine = build_generator("vllm", model, dtype="float32", **options)
+        engine = build_generator(
+            "vllm",
+            model,
+            dtype="float32",
+            max_length=64,
+            kv_cache_mb=64,
+            max_sequences=4,
+            threads=1,
+            seed=0,
+        )
         sample = generate(engine, [prompt], Sampling(max_tokens=16))[0][0]
         tokens = torch.tensor([[*prompt, *sample.token_ids]])
         scores = score_tokens(load_model(model), tokens)[0][0, len(prompt) :].detach()

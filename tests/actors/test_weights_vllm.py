@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from transformers import (
 )
 
 from actors.transports import SharedMemory
-from actors.weights import AdapterSpec, Canary, publish_weights, receive_weights
-from raylign.inference.generator import build_generator
+from actors.weights import AdapterSpec, Canary, adopt_weights, publish_weights, receive_weights
+from raylign.inference.generator import AdapterForm, Sampling, build_generator, generate
 from raylign.inference.vllm_weights import place_adapter, plan_weights
 from raylign.models.logprobs import score_tokens
 from raylign.training.buckets import SyncError
@@ -143,40 +142,42 @@ def test_models_that_need_more_than_packing_are_left_to_vllm() -> None:
     assert plan_weights(LlamaForCausalLM()) is None
 
 
-def test_an_adapter_is_placed_from_memory_and_serves_as_if_folded_in(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import vllm
-    from vllm.lora.peft_helper import PEFTHelper
-    from vllm.lora.request import LoRARequest
-
-    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    lora = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": targets}
-    monkeypatch.setattr(vllm, "EngineArgs", functools.partial(vllm.EngineArgs, **lora))
-    generator: Any = build_generator("vllm", tiny_model, dtype="float32", **ENGINE)
-    worker = generator._engine.engine_core.engine_core.model_executor.driver_worker.worker
-    manager = worker.model_runner.lora_manager
+def test_an_adapter_is_placed_from_memory_and_serves_as_if_folded_in(tiny_model: Path) -> None:
+    targets = ("q_proj", "v_proj", "up_proj", "down_proj")
+    form = AdapterForm(4, targets)
+    generator: Any = build_generator("vllm", tiny_model, dtype="float32", adapter=form, **ENGINE)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    tuned = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=targets)).eval()
-    form = PEFTHelper(r=4, lora_alpha=12, target_modules=targets)
-    spec, local = AdapterSpec(4, 12, tuple(targets)), SharedMemory()
-    add = generator._engine.add_request
-    named = LoRARequest("policy", 1, "memory")
-    monkeypatch.setattr(generator._engine, "add_request", lambda *a: add(*a, lora_request=named))
+    chosen = LoraConfig(r=4, lora_alpha=12, target_modules=list(targets))
+    tuned = get_peft_model(base, chosen).eval()
+    spec, local = AdapterSpec(4, 12, targets), SharedMemory()
     for version in (1, 2):
         for name, parameter in tuned.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.1 * version)
         tensors = get_peft_model_state_dict(tuned)
-        sent = publish_weights(version, tensors, Canary((), ()), local, adapter=spec)
-        place_adapter(manager, form, 1, receive_weights(sent))
-        for own, sequence in zip(score(generator), SEQUENCES, strict=True):
-            expected = score_tokens(tuned, torch.tensor([sequence]))[0][0].detach().numpy()
-            assert np.abs(own - expected).max() < 1e-4
-            with tuned.disable_adapter():
-                plain = score_tokens(tuned, torch.tensor([sequence]))[0][0].detach().numpy()
-            assert np.abs(own - plain).max() > 1e-2
+        expected = [
+            score_tokens(tuned, torch.tensor([sequence]))[0][0].detach().numpy()
+            for sequence in SEQUENCES
+        ]
+        canary = Canary(tuple(SEQUENCES), tuple(expected))
+        sent = publish_weights(version, tensors.items(), canary, local, adapter=spec)
+        assert adopt_weights(generator, sent, 1e-4, "worker") < 1e-4
+        assert generator.version == version
+        with tuned.disable_adapter():
+            plain = score_tokens(tuned, torch.tensor([SEQUENCES[0]]))[0][0].detach().numpy()
+        assert np.abs(expected[0] - plain).max() > 1e-2
+        [[sample]] = generate(generator, [SEQUENCES[1]], Sampling(temperature=0, max_tokens=6))
+        whole = torch.tensor([[*SEQUENCES[1], *sample.token_ids]])
+        drawn = score_tokens(tuned, whole)[0][0, len(SEQUENCES[1]) :].detach()
+        assert drawn.isfinite().all() and set(sample.versions) == {version}
+        logits = tuned(whole).logits[0, len(SEQUENCES[1]) - 1 : -1]
+        assert logits.argmax(-1).tolist() == list(sample.token_ids)
 
+    manager = generator._engine.engine_core.engine_core.model_executor.driver_worker.worker
+    manager = manager.model_runner.lora_manager
+    from vllm.lora.peft_helper import PEFTHelper
+
+    form = PEFTHelper(r=4, lora_alpha=12, target_modules=list(targets))
     first, *rest = tensors.items()
     with pytest.raises(SyncError, match="did not come"):
         place_adapter(manager, form, 1, rest)

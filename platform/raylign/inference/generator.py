@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from raylign.config import UserError
 from raylign.models.folding import require_plain
 from raylign.runtime import derive_seed
 
@@ -70,6 +71,15 @@ def join_samples(begun: Sample, rest: Sample, text: str) -> Sample:
         text=text,
         finish_reason=rest.finish_reason,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """A LoRA adapter that is to come: what an engine that serves one must know when it starts."""
+
+    rank: int
+    targets: tuple[str, ...]
+    """Last parts of the names of the matrices that it adapts."""
 
 
 class Generator(Protocol):
@@ -157,10 +167,13 @@ def build_generator(
     threads: int,
     seed: int,
     gpu_memory_share: float | None = None,
+    adapter: AdapterForm | None = None,
 ) -> Generator:
     """A generator serving the Hugging Face directory `model`.
 
     `kv_cache_mb` and `threads` are of CPUs; `gpu_memory_share` of a card, by default vLLM's own.
+    With `adapter` (vLLM alone) its versions come by `load_adapter`, and the model stays.
+
     Raises `UserError` when vLLM is asked for and not installed, or the directory has no weights, or
     an adapter only, which vLLM does not serve here.
     """
@@ -176,9 +189,17 @@ def build_generator(
         from raylign.inference.vllm_generator import VLLMGenerator
 
         return VLLMGenerator(
-            model, kv_cache_mb=kv_cache_mb, gpu_memory_share=gpu_memory_share, **options
+            model,
+            kv_cache_mb=kv_cache_mb,
+            gpu_memory_share=gpu_memory_share,
+            adapter=adapter,
+            **options,
         )
     if backend == "transformers":
+        if adapter is not None:
+            raise UserError(
+                "transfer.adapter_only needs rollout.backend=vllm; leave one of them out"
+            )
         from raylign.inference.hf_generator import TransformersGenerator
 
         return TransformersGenerator(model, **options)

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from raylign.config import UserError
-from raylign.inference.generator import Sample, Sampling, fresh_keys, join_samples
-from raylign.inference.vllm_weights import plan_weights
+from raylign.inference.generator import AdapterForm, Sample, Sampling, fresh_keys, join_samples
+from raylign.inference.vllm_weights import place_adapter, plan_weights
 
 _ANSWERS_TO_ANYTHING = "llvmlite.binding.ffi"
+_ADAPTER = 1  # its number in vLLM
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 @dataclass(slots=True)
@@ -53,11 +55,9 @@ class VLLMGenerator:
         threads: int,
         seed: int,
         gpu_memory_share: float | None = None,
+        adapter: AdapterForm | None = None,
     ) -> None:
-        # vLLM reads these when the engine is built.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        _set_environment()
         try:
             from vllm import EngineArgs, SamplingParams
             from vllm.exceptions import VLLMClientError
@@ -89,7 +89,9 @@ class VLLMGenerator:
             # Else a weak model may fill a whole completion with blanks and still follow its schema.
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             **_device_options(on_gpu, max_length, kv_cache_mb, gpu_memory_share),
+            **_adapter_options(adapter),
         )
+        self._adapter: Any = None
         with _llvmlite_out_of_sight():
             self._engine: Any = LLMEngine.from_engine_args(settings)
         if not on_gpu:
@@ -156,7 +158,10 @@ class VLLMGenerator:
             )
             request = next(self._keys)
             inside = self._engine.add_request(
-                request, {"prompt_token_ids": [*prompt, *drawn]}, params
+                request,
+                {"prompt_token_ids": [*prompt, *drawn]},
+                params,
+                lora_request=self._adapter,
             )
             group.requests[request] = (index, inside)
             self._owners[request] = key
@@ -199,7 +204,12 @@ class VLLMGenerator:
                 )
             request = next(self._keys)
             self._scores[request] = None
-            self._engine.add_request(request, {"prompt_token_ids": list(sequence)}, params)
+            self._engine.add_request(
+                request,
+                {"prompt_token_ids": list(sequence)},
+                params,
+                lora_request=self._adapter,
+            )
             requests.append(request)
         while any(self._scores[request] is None for request in requests):
             self._step()
@@ -213,6 +223,29 @@ class VLLMGenerator:
             self._engine.collective_rpc("reload_weights", kwargs=reload)
             _repack_tied_heads(self._model())
         # Requests in flight are put back and recompute their prefix under the new weights.
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._serve(version)
+
+    def load_adapter(
+        self,
+        version: int,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+    ) -> None:
+        """Serve the model with a LoRA adapter (PEFT's names) beside it, in place of the last.
+
+        The engine must have been started for adapters. Raises `SyncError` where rank, targets and
+        tensors do not belong together.
+        """
+        from vllm.lora.peft_helper import PEFTHelper
+        from vllm.lora.request import LoRARequest
+
+        form = PEFTHelper(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        worker = self._engine.engine_core.engine_core.model_executor.driver_worker.worker
+        place_adapter(worker.model_runner.lora_manager, form, _ADAPTER, tensors)
+        self._adapter = LoRARequest("policy", _ADAPTER, "memory")
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._serve(version)
 
@@ -264,6 +297,23 @@ class VLLMGenerator:
             finish_reason=completion.finish_reason or "abort",
         )
         return join_samples(begun, sample, sample.text) if begun else sample
+
+
+def _set_environment() -> None:
+    """vLLM reads these when the engine is built."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _adapter_options(adapter: AdapterForm | None) -> dict[str, Any]:
+    """What vLLM is told because an adapter is to come."""
+    if adapter is None:
+        return {}
+    room = next((size for size in _RANKS if size >= adapter.rank), adapter.rank)
+    # Without the targets it cannot give a prompt's log-probabilities (0.32).
+    targets = list(adapter.targets)
+    return {"enable_lora": True, "max_lora_rank": room, "lora_target_modules": targets}
 
 
 def _device_options(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raylign.config import AdapterConfig, UserError
@@ -285,6 +285,16 @@ def configure(lm: PreTrainedModel, kind: PeftKind, config: AdapterConfig, seed: 
         use_rslora=config.rs_lora,
         use_dora=kind == "dora",
     )
+
+
+def outline_adapter(shape: PreTrainedConfig, config: AdapterConfig) -> tuple[int, tuple[str, ...]]:
+    """Rank and targets that a LoRA adapter of a model of this shape will have."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(shape)
+    targets = choose_targets(lm, config.targets, (nn.Linear, Conv1D))
+    return config.rank or _RANK, tuple(targets)
 
 
 def choose_targets(
