@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from raylign.training.heartbeat import read_birth
 
 log = logging.getLogger(__name__)
 _KILL_S = 10.0
+_GRACE_S = 0.5  # between `ray.kill` and a kill that Ray would report as a crash
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,10 @@ def end_process(process: Process) -> None:
 
 
 def kill_here(process: Process) -> None:
-    """Kill a process of this machine."""
+    """Kill a process of this machine that was told to leave, and does not."""
+    end = time.monotonic() + _GRACE_S
+    while read_birth(process.pid) == process.born and time.monotonic() < end:
+        time.sleep(0.02)
     if read_birth(process.pid) == process.born:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
