@@ -11,6 +11,9 @@ from actors.transports import choose_transport
 from raylign.config import AlignConfig, RolloutConfig, UserError
 from raylign.runtime import worker_env
 
+# Not inside what a trial of a search has reserved for itself.
+_ANYWHERE: dict[str, Any] = {"scheduling_strategy": "DEFAULT"}
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -51,11 +54,13 @@ def place(config: AlignConfig) -> Placement:
     return Placement(
         rollout=place_rollout(config.rollout),
         reward={
+            **_ANYWHERE,
             "num_cpus": config.reward.cpus,
             "num_gpus": config.reward.gpus,
             "runtime_env": _threads(config.reward.threads, config.reward.gpus),
         },
         learner={
+            **_ANYWHERE,
             "num_cpus": config.learner.cpus,
             "num_gpus": config.learner.gpus,
             "runtime_env": _threads(config.learner.threads, config.learner.gpus),
@@ -80,6 +85,7 @@ def choose_route(config: AlignConfig) -> str:
 def place_rollout(config: RolloutConfig) -> dict[str, Any]:
     """Options of a worker that generates."""
     return {
+        **_ANYWHERE,
         "num_cpus": config.cpus,
         "num_gpus": config.gpus,
         # Several calls at once: groups join the running batch, and syncs arrive in between.

@@ -105,7 +105,7 @@ def perform_alignment(
 def perform_search(
     run: Run,
     config: TuneConfig,
-    stage: TrainingConfig,
+    stage: AlignConfig | TrainingConfig,
     seed: int,
     parents: Mapping[str, str],
     board: ProgressBoard,
@@ -123,7 +123,7 @@ def perform_search(
 
     finished, begun = f"{config.stage}/{METRICS_FILE}", f".{config.stage}.partial/{METRICS_FILE}"
     keeping = Keeping(
-        describe(SEARCH_FREE, RESOURCES),
+        describe(ALIGN_FREE if config.stage == "align" else SEARCH_FREE, RESOURCES),
         # At the top of a trial's directory, or of that of its last copy.
         tuple(f"{TRIALS}/*/{below}{file}" for below in ("", "*/") for file in (finished, begun)),
         "trials",

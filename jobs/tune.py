@@ -24,9 +24,9 @@ from jobs.entry import STAGES, main, section
 from jobs.intent import TRIALS, perform_search
 from jobs.trials import TrialRow, draw_trials, show_samples, tabulate, write_trials
 from raylign.config import (
+    AlignConfig,
     RangeConfig,
     Recipe,
-    Section,
     TrainingConfig,
     TuneConfig,
     UserError,
@@ -58,7 +58,11 @@ OFFER = ".offer"
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """The `tune` stage."""
     config = section(recipe, "tune", TuneConfig)
-    stage = section(recipe, config.stage, TrainingConfig)
+    stage: AlignConfig | TrainingConfig
+    if config.stage == "align":
+        stage = section(recipe, config.stage, AlignConfig)
+    else:
+        stage = section(recipe, config.stage, TrainingConfig)
     check_search(config)
     check_values(recipe, config)
     steps = _planned_steps(recipe, config)
@@ -268,10 +272,11 @@ def trial_recipe(
     """The recipe of one trial: values, resources, its own run directory, and the checkpoint of
     another trial to begin with, if any."""
     own: dict[str, Any] = {f"{config.stage}.{key}": value for key, value in values.items()}
+    ranks = "learner" if config.stage == "align" else "workers"
     own |= {
         "run": directory,
-        f"{config.stage}.workers.cpus": config.cpus,
-        f"{config.stage}.workers.gpus": config.gpus,
+        f"{config.stage}.{ranks}.cpus": config.cpus,
+        f"{config.stage}.{ranks}.gpus": config.gpus,
     }
     if donor is not None:
         own[f"{config.stage}.checkpoints.adopt"] = donor
@@ -279,8 +284,11 @@ def trial_recipe(
 
 
 def read_metrics(directory: Path, stage: str) -> list[dict[str, Any]]:
-    """A trial's rows so far, of its stage finished or in the making."""
-    return read_lines(find_file(directory, stage, METRICS_FILE))
+    """A trial's rows so far, of its stage finished or in the making; `step` counts steps done."""
+    rows = read_lines(find_file(directory, stage, METRICS_FILE))
+    if stage == "align":  # whose rows have the number of their step, which begins at 0
+        rows = [row | {"step": row["step"] + 1} for row in rows]
+    return rows
 
 
 def find_file(directory: Path, stage: str, name: str) -> Path:
@@ -301,7 +309,9 @@ def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
     return TrialRow(
         trial=trial,
         parameters=summary.get("parameters"),
-        trainable=next((row["trainable"] for row in events if "trainable" in row), None),
+        trainable=next(
+            (row["trainable"] for row in events if "trainable" in row), summary.get("trainable")
+        ),
         curve=tuple((row["step"], row) for row in metrics),
         samples=tuple((row["prompt"], row["text"]) for row in samples if row["step"] == last),
     )
@@ -325,8 +335,9 @@ def keep(recipe: Recipe, config: TuneConfig, best: Trial, storage: Path, draft: 
 
 def _planned_steps(recipe: Recipe, config: TuneConfig) -> int:
     stage = getattr(recipe, config.stage)
-    assert isinstance(stage, Section) and isinstance(stage, TrainingConfig)
-    if stage.epochs is not None or any(key in ("steps", "epochs") for key in config.space):
+    assert isinstance(stage, AlignConfig | TrainingConfig)
+    epochs = stage.epochs if isinstance(stage, TrainingConfig) else None
+    if epochs is not None or any(key in ("steps", "epochs") for key in config.space):
         raise UserError(
             f"tune compares trials at equal steps: give {config.stage}.steps, one for all trials, "
             "and not epochs"

@@ -26,7 +26,6 @@ _LONG = ("steps=150", "checkpoint_every=50", "sampling={max_tokens: 32}")
     "1-3",
     "SIGKILL of a rollout worker, its engine in mid-decode",
     "its requests are made again by others; a successor serves once it has proved the weights",
-    quick=True,
 )
 def kill_worker(lab: Lab) -> Outcome:
     with lab.run(*_LONG) as run:

@@ -61,6 +61,8 @@ class Lab:
 
     root: Path
     model: Path
+    backend: str = "vllm"
+    """Of the rollout workers; `transformers` starts sooner, where they are not what is tried."""
     prompts: Path = field(init=False)
     _made: int = 0
     _reference: str | None = None
@@ -74,7 +76,9 @@ class Lab:
     def run(self, *settings: str) -> Iterator[AlignRun]:
         """A run directory; nothing of it is left running afterwards."""
         self._made += 1
-        run = AlignRun(self.root / f"run-{self._made}", self.model, self.prompts, *settings)
+        backend = f"rollout.backend={self.backend}"
+        place = self.root / f"run-{self._made}"
+        run = AlignRun(place, self.model, self.prompts, backend, *settings)
         try:
             yield run
         finally:

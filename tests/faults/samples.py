@@ -12,7 +12,6 @@ from tests.faults.lab import Lab, Outcome, end_well, fault
     "28",
     "rewards that are none: NaN, inf, None, text, lists, 1e309, nothing",
     "those completions are set aside with their reason; the others are learned from",
-    quick=True,
 )
 def poison_rewards(lab: Lab) -> Outcome:
     with lab.run("reward={source: 'tests.faults.rewards:poison', weights: {}}", "steps=2") as run:

@@ -12,7 +12,7 @@ from tests.faults.lab import FAULTS, Fault, Lab
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Lab:
-    return Lab(tmp_path_factory.mktemp("faults"), tiny_model)
+    return Lab(tmp_path_factory.mktemp("faults"), tiny_model, "transformers")
 
 
 @pytest.mark.slow

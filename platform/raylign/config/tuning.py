@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylign.config.section import Count, Section
 
@@ -28,7 +28,7 @@ class RangeConfig(Section):
 class TuneConfig(Section):
     """`python -m jobs.tune`: many short runs of one training stage, the best one kept."""
 
-    stage: Literal["pretrain", "sft", "reward_model", "preference"] = "sft"
+    stage: Literal["pretrain", "sft", "reward_model", "preference", "align"] = "sft"
     """What is trained; its own section of the recipe is what every trial starts from."""
     space: dict[str, tuple[Value | tuple[Value, ...], ...] | RangeConfig] = Field(default={})
     """Key below the stage's section (as `adapter.rank`) to the values, or the range, to try."""
@@ -53,6 +53,12 @@ class TuneConfig(Section):
     """Ray CPUs a trial's rank; fractions let trials share a core."""
     gpus: float = Field(default=0.0, ge=0)
     """Ray GPUs a trial's rank; fractions let trials share a card."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> TuneConfig:
+        if self.stage == "align" and self.scheduler == "pbt":
+            raise ValueError("scheduler=pbt copies checkpoints, which align cannot adopt; use asha")
+        return self
 
 
 class MergeConfig(Section):
