@@ -114,6 +114,8 @@ class Controller:
             while self._step < self._config.steps:
                 await self._take_step()
             await self._settle()
+            for event in await self._crew.learner.settle():
+                self._journal.event(**event)
             self.summary = await self._crew.learner.export()
         finally:
             wishes.cancel()
@@ -137,6 +139,8 @@ class Controller:
             self._set_kl(batch.settings["kl_coef"])
             self._crew.scorer.restore(batch.record["scorer"])
         self._step = start.step + len(start.batches)
+        if start.branch.attempt:
+            self._files.settle_branch(start.branch)  # of a rollback that was interrupted
         if self._step:
             self._told = min(self._step, self._journal.last_step + 1)
             self._journal.rewind(self._told)

@@ -77,6 +77,10 @@ class DurableLearner:
         root = self._files.checkpoints
         return await self._hold(lambda: self._group.save(root, progress))
 
+    async def settle(self) -> list[Event]:
+        """Wait for a checkpoint that is being written; what became of it."""
+        return await self._hold(self._group.settle)
+
     async def export(self) -> dict[str, Any]:
         """Leave the policy as a model, and as an adapter if it is one; what the summary says."""
         return await self._hold(lambda: self._group.export(self._files.stage))

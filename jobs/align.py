@@ -48,7 +48,9 @@ from raylign.run import Draft, Run, content_hash
 from raylign.runtime import derive_seed
 from raylign.sinks import build_sinks, check_sinks
 from raylign.tracking import Bar, ProgressBoard
+from raylign.training.checkpoints import retain
 from raylign.training.loop import DIVERGED
+from raylign.training.supervised import KEPT
 
 
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
@@ -218,6 +220,7 @@ async def _learn(
         scorer.stop()
         crew.learner.stop()
         journal.close()
+    retain(files.checkpoints, draft.path / KEPT, config.checkpoints.after)
     draft.summary.update(journal.summary | controller.summary)
     draft.summary.update(dispatched=totals.dispatched, trained=totals.trained)
     draft.summary.update({f"dropped/{name}": count for name, count in totals.dropped.items()})

@@ -106,7 +106,7 @@ def kill_all(lab: Lab) -> Outcome:
         end = run.finish(60)
         assert end.status == 2 and "restarts allowed" in end.last, end.output[-2000:]
         require_clean(run)
-        assert list((run.stage / "checkpoints").glob("step-*"))
+        assert list((run.stage / ".checkpoints").glob("step-*"))
         assert lost is not None
         again = run.start("steps=3", "rollout.max_restarts=5").finish()
         assert again.status == 2 and "begun with" in again.last  # other steps: not the same run

@@ -169,6 +169,12 @@ class AlignConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_adopt(self) -> AlignConfig:
+        if self.checkpoints.adopt is not None:
+            raise ValueError("checkpoints.adopt has no effect here; give model in its place")
+        return self
+
+    @model_validator(mode="after")
     def _check_judge(self) -> AlignConfig:
         placed = self.judge.model is not None or self.judge.endpoint is not None
         if self.reward.judged and not placed:
