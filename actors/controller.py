@@ -136,7 +136,6 @@ class Controller:
             self._crew.scorer.restore(progress["scorer"])
         for batch in start.batches:
             self._book(batch, again=True)
-            self._set_kl(batch.settings["kl_coef"])
             self._crew.scorer.restore(batch.record["scorer"])
         self._step = start.step + len(start.batches)
         if start.branch.attempt:
@@ -162,6 +161,7 @@ class Controller:
     def _tell_again(self, batch: LearnerBatch, report: LearnerReport) -> None:
         """What an earlier attempt did not get to say of a step, and the coefficient after it."""
         groups = regroup(batch)
+        self._set_kl(batch.settings["kl_coef"])
         version = batch.step + self._branch.shift
         metrics = measure_step(groups, batch.trajectories, report, version)
         self._adapt_kl(metrics.get("kl"), batch)
@@ -384,11 +384,19 @@ class Controller:
         waited, idle = metrics["wait/trainer"], metrics["wait/generator"]
         wanted = self._balance.advise(now, waited, idle, metrics["step_seconds"])
         if wanted != now:
+            try:
+                self._require_room(wanted)
+            except UserError as error:
+                self._journal.event(what="no room", role="rollouts", text=str(error))
+                return
             self._journal.event(what="scale", role="rollouts", count=wanted, before=now)
             self._crew.rollouts.scale_soon(wanted)
 
-    async def _scale_rollouts(self, count: int) -> str:
+    def _require_room(self, count: int) -> None:
         more = count - len(self._crew.rollouts.names)
         if more > 0:
             require_room(place_rollout(self._config.rollout), more, "align.rollout")
+
+    async def _scale_rollouts(self, count: int) -> str:
+        self._require_room(count)
         return await self._crew.rollouts.scale(count)

@@ -140,6 +140,8 @@ class Dispatcher:
         requests = []
         for number, prompt in enumerate(prompts, first):
             request = f"{step}/{number}"
+            if self._branch.attempt:  # nothing of an earlier attempt is mistaken for its own
+                request += f"/{self._branch.attempt}"
             self._ledger.dispatch(request, step, prompt.id, self._config.group_size)
             seed = self._source.seed(request, self._branch.attempt)
             sampling = replace(self._sampling, seed=seed)
