@@ -188,14 +188,8 @@ class Controller:
         self._book(batch)
         self._files.drop_groups(step)
         self._step += 1
-        self._journal.event(
-            actor="learner",
-            what="learn",
-            start=report.start,
-            end=report.end,
-            step=step,
-            version=version + 1,
-        )
+        done = {"start": report.start, "end": report.end, "step": step, "version": version + 1}
+        self._journal.event(actor="learner", what="learn", **done)
         await self._publish()
         metrics = self._measure(step, version, groups, admitted, report)
         self._adapt_kl(metrics.get("kl"), batch)
