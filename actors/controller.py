@@ -113,6 +113,9 @@ class Controller:
             self._dispatcher.allow(self._step)
             while self._step < self._config.steps:
                 await self._take_step()
+                # Python 3.11's wait_for may swallow a cancellation, and with it a Ctrl-C.
+                if (own := asyncio.current_task()) is not None and own.cancelling():
+                    raise asyncio.CancelledError
             await self._settle()
             for event in await self._crew.learner.settle():
                 self._journal.event(**event)
