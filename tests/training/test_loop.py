@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,10 +225,10 @@ def test_others_see_life_while_the_first_rank_writes_samples(
     complete, counts = Sampler.complete, []
     pulse = Pulse(tmp_path / "pulse", 0)
 
-    def complete_slowly(self: Sampler, prompt: Sequence[int], tokens: int) -> str:
+    def complete_slowly(self: Sampler, prompt: Sequence[int], *rest: Any) -> str:
         counts.append(pulse._mark.count)
         time.sleep(0.2)
-        return complete(self, prompt, tokens)
+        return complete(self, prompt, *rest)
 
     monkeypatch.setattr(Sampler, "complete", complete_slowly)
     task = replace(make_task(shards, tiny_model, tmp_path / "out"), steps=1)
