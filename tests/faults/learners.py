@@ -36,7 +36,6 @@ def _lose(lab: Lab, rank: int, number: int, *settings: str, deadline_s: float) -
     "10",
     "SIGKILL of the last learner rank",
     "group restored, finished samples kept, engines stay up; weights equal to the bit",
-    quick=True,
 )
 def kill_last_rank(lab: Lab) -> Outcome:
     return _lose(lab, 1, signal.SIGKILL, deadline_s=30)
