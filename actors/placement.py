@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from actors.transports import choose_transport
-from raylign.config import AlignConfig, RolloutConfig, UserError
+from raylign.config import AlignConfig, RewardConfig, RolloutConfig, UserError
 from raylign.runtime import worker_env
 
 # Not inside what a trial of a search has reserved for itself.
@@ -53,12 +53,7 @@ def place(config: AlignConfig) -> Placement:
             )
     return Placement(
         rollout=place_rollout(config.rollout),
-        reward={
-            **_ANYWHERE,
-            "num_cpus": config.reward.cpus,
-            "num_gpus": config.reward.gpus,
-            "runtime_env": _threads(config.reward.threads, config.reward.gpus),
-        },
+        reward=place_reward(config.reward),
         learner={
             **_ANYWHERE,
             "num_cpus": config.learner.cpus,
@@ -80,6 +75,16 @@ def choose_route(config: AlignConfig) -> str:
         same_card=shared and config.learner.gpus > 0 and config.rollout.gpus > 0,
         one_machine=len(nodes) == 1,
     )
+
+
+def place_reward(config: RewardConfig) -> dict[str, Any]:
+    """Options of a worker that scores."""
+    return {
+        **_ANYWHERE,
+        "num_cpus": config.cpus,
+        "num_gpus": config.gpus,
+        "runtime_env": _threads(config.threads, config.gpus),
+    }
 
 
 def place_rollout(config: RolloutConfig) -> dict[str, Any]:

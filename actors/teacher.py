@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
+from actors.placement import place_rollout
 from actors.rollout import RolloutWorker
 from actors.rollout_pool import RolloutPool
 from actors.supervision import BudgetSpent, PromptLost
@@ -25,7 +26,7 @@ from raylign.config import RolloutConfig, UserError
 from raylign.data.synthesis.answers import Answer
 from raylign.inference.generator import Sampling
 from raylign.records import Prompt
-from raylign.runtime import derive_seed, worker_env
+from raylign.runtime import derive_seed
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ class TeacherPool:
         """When the pool could take its first request (monotonic seconds)."""
 
         def spawn(name: str) -> Any:
-            actor = ray.remote(TeacherWorker).options(**_options(config))
+            actor = ray.remote(TeacherWorker).options(**place_rollout(config))
             return actor.remote(name, model, config, max_length, derive_seed(seed, name))
 
         self._spawn = spawn
@@ -164,19 +165,6 @@ class TeacherPool:
         """Kill all workers."""
         if self._pool is not None:
             self._pool.stop()
-
-
-def _options(config: RolloutConfig) -> dict[str, Any]:
-    env = worker_env() | {"OMP_NUM_THREADS": str(config.threads)}
-    if not config.gpus:
-        # Asking vLLM for logprobs compiles a sampler for many seconds, for no gain on a CPU.
-        env["TORCHDYNAMO_DISABLE"] = "1"
-    return {
-        "num_cpus": config.cpus,
-        "num_gpus": config.gpus,
-        "max_concurrency": 1024,
-        "runtime_env": {"env_vars": env},
-    }
 
 
 def _check_cluster(config: RolloutConfig, key: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,32 +18,29 @@ from typing import Any
 from actors.controller import Controller, Crew
 from actors.durable_learner import DurableLearner
 from actors.journal import note_change, note_sync
-from actors.judge import JudgePool
 from actors.learner import LearnerGroup, spawn_learner_worker
 from actors.learner_rank import resolve_algorithm
 from actors.placement import Placement, choose_route, place
-from actors.reward import RewardPool, spawn_reward_worker
 from actors.rollout import spawn_rollout_worker
 from actors.rollout_pool import RolloutPool
 from actors.run_files import RunFiles
-from actors.scoring import CompositeScorer
 from actors.supervision import BudgetSpent
 from jobs.align_journal import AlignJournal
 from jobs.align_rows import spell_tokens
-from jobs.entry import locate, main, model_directory, section
+from jobs.asking import hire_scorer, locate_asked, prepare_asked
+from jobs.entry import main, section
 from jobs.intent import perform_alignment
-from raylign.config import AlignConfig, JudgeConfig, Recipe, UserError
+from raylign.config import AlignConfig, Recipe, UserError
 from raylign.data.packing import rows_for_step
 from raylign.environments.rendering import TurnRenderer
 from raylign.environments.source import load_environment
 from raylign.inference.generator import AdapterForm
 from raylign.models.adapters import outline_adapter
-from raylign.models.folding import require_plain
-from raylign.models.loading import load_config, load_tokenizer, require_chat_template
+from raylign.models.loading import load_config, load_tokenizer
 from raylign.records import Prompt
 from raylign.rewards.hearing import check_judge
 from raylign.rewards.panel import check_sources
-from raylign.run import Draft, Run, content_hash
+from raylign.run import Draft, Run
 from raylign.runtime import derive_seed
 from raylign.sinks import build_sinks, check_sinks
 from raylign.tracking import Bar, ProgressBoard
@@ -56,22 +52,13 @@ from raylign.training.supervised import KEPT
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """The `align` stage."""
     config = section(recipe, "align", AlignConfig)
-    model, model_hash = locate(run, config.model, "sft", "sft", "align.model")
-    model = model_directory(model)
-    prompts, prompts_hash = locate(run, config.prompts, "corpus", "prepare", "align.prompts")
-    if prompts.is_dir():
-        prompts = prompts / "prompts.jsonl"
+    model, prompts, parents = locate_asked(run, config.model, config.prompts, "align")
     check(config, model)
-    parents = {"model": model_hash, "prompts": prompts_hash}
 
     def build(draft: Draft) -> None:
-        tokenizer = load_tokenizer(model)
-        require_chat_template(tokenizer, model)
-        require_plain(model)
-        context = int(load_config(model).max_position_embeddings)
         if config.environment.source is not None:
-            TurnRenderer(tokenizer)  # says what the template lacks
-        ready = read_prompts(prompts, tokenizer, context, config.sampling.max_tokens)
+            TurnRenderer(load_tokenizer(model))  # says what the template lacks
+        ready, context = prepare_asked(model, prompts, config.sampling.max_tokens, "align")
         with board.bar("align", config.steps) as bar:
             align(config, model, ready, context, recipe.seed, draft, bar)
 
@@ -118,35 +105,6 @@ def check(config: AlignConfig, model: Path | None = None) -> None:
             "align.rollout.backend=vllm, and vLLM is not installed; install raylign[cpu] or "
             "raylign[gpu], or set align.rollout.backend=transformers"
         )
-
-
-def read_prompts(file: Path, tokenizer: Any, context: int, max_tokens: int) -> list[Prompt]:
-    """Rows of `prompt` and `reference` through the chat template.
-
-    Raises `UserError` naming file and line for a row that is malformed or does not fit the context.
-    """
-    if not file.is_file():
-        raise UserError(f"align.prompts: {file} does not exist")
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        place = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-            text, reference = row["prompt"], str(row["reference"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{place}: not a row with `prompt` and `reference` ({error})") from None
-        tokens = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        if len(tokens) + max_tokens > context:
-            raise UserError(
-                f"{place}: prompt of {len(tokens)} tokens and align.sampling.max_tokens="
-                f"{max_tokens} exceed the model's context of {context}; shorten either"
-            )
-        prompts.append(Prompt(str(row.get("id", number)), tuple(tokens), text, reference))
-    if not prompts:
-        raise UserError(f"align.prompts: {file} is empty")
-    return prompts
 
 
 class Curriculum:
@@ -206,7 +164,10 @@ async def _learn(
         partial(spell_tokens, tokenizer),
     )
     placement = place(config)
-    scorer = await _hire_scorer(config, model, placement, own, files)
+    longest = config.sampling.max_tokens
+    scorer = await hire_scorer(
+        config.reward, config.judge, model, longest, files.stage, own, "align"
+    )
     crew = Crew(
         rollouts=_hire_rollouts(config, model, placement, context, own, journal),
         scorer=scorer,
@@ -251,36 +212,6 @@ def _hire_rollouts(
         transfer_deadline_s=config.transfer.deadline_s,
         on_change=note_change(journal),
     )
-
-
-async def hire_judge(config: JudgeConfig, stage: Path, seed: int) -> JudgePool:
-    """A judge that can be asked; its verdicts are kept in `stage`, by the content of its model."""
-    served, content = None, ""
-    if config.model is not None:
-        if not config.model.is_dir():
-            raise UserError(f"judge.model={config.model}: no such directory")
-        served, content = model_directory(config.model), content_hash(config.model)
-    seed = derive_seed(seed, "judge")
-    judge = JudgePool(config, stage, seed, model=served, content=content)
-    await judge.start()
-    return judge
-
-
-async def _hire_scorer(
-    config: AlignConfig, model: Path, placement: Placement, seed: int, files: RunFiles
-) -> CompositeScorer:
-    """Reward workers, and a judge if one is asked; the judge is reached, or started, first."""
-    sources = [part.source for part in config.reward.parts.values()] or [config.reward.source]
-    judge = None
-    if config.reward.judged:
-        judge = await hire_judge(config.judge, files.stage, seed)
-    workers = None
-    if set(sources) != {"judge"}:
-        spawn = partial(
-            spawn_reward_worker, options=placement.reward, config=config.reward, policy=model
-        )
-        workers = RewardPool(config.reward, spawn)
-    return CompositeScorer(config.reward, config.sampling.max_tokens, workers, judge)
 
 
 def _hire_learner(

@@ -20,25 +20,21 @@ from typing import Any
 import ray
 
 from actors.placement import place_rollout
-from actors.reward import RewardPool, spawn_reward_worker
 from actors.rollout_pool import RolloutPool
-from actors.scoring import CompositeScorer
 from actors.supervision import BudgetSpent, PromptLost
 from actors.teacher import TeacherWorker
 from actors.weights import Canary, WeightManifest
-from jobs.align import hire_judge, read_prompts
+from jobs.asking import hire_scorer, locate_asked, prepare_asked
 from jobs.comparisons import PAIRS_FILE, PAIRS_STAGE
-from jobs.entry import locate, main, model_directory, perform, section
+from jobs.entry import main, perform, section
 from raylign.config import CompareConfig, Recipe, UserError
 from raylign.inference.generator import Sampling
-from raylign.models.folding import require_plain
-from raylign.models.loading import load_config, load_tokenizer, require_chat_template
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.contrast import choose_pairs
 from raylign.rewards.hearing import check_judge
 from raylign.rewards.panel import check_sources
 from raylign.run import Draft, Run
-from raylign.runtime import derive_seed, worker_env
+from raylign.runtime import derive_seed
 from raylign.tracking import Bar, ProgressBoard
 
 COMPLETIONS_FILE = "completions.jsonl"
@@ -48,21 +44,13 @@ _AHEAD = 4  # prompts in flight for each that a worker decodes at once
 def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     """The `comparisons` stage."""
     config = section(recipe, "compare", CompareConfig)
-    model, model_hash = locate(run, config.model, "sft", "sft", "compare.model")
-    model = model_directory(model)
-    prompts, prompts_hash = locate(run, config.prompts, "corpus", "prepare", "compare.prompts")
-    if prompts.is_dir():
-        prompts = prompts / "prompts.jsonl"
-    check_sources(config.reward, model)
+    model, prompts, parents = locate_asked(run, config.model, config.prompts, "compare")
+    check_sources(config.reward, model, "compare")
     if config.judge.model_fields_set:
-        check_judge(config.judge, config.completions)
+        check_judge(config.judge, config.completions, "compare")
 
     def build(draft: Draft) -> None:
-        tokenizer = load_tokenizer(model)
-        require_chat_template(tokenizer, model)
-        require_plain(model)
-        context = int(load_config(model).max_position_embeddings)
-        ready = read_prompts(prompts, tokenizer, context, config.sampling.max_tokens)
+        ready, context = prepare_asked(model, prompts, config.sampling.max_tokens, "compare")
         seed = derive_seed(recipe.seed, "compare")
         if config.limit is not None and config.limit < len(ready):
             ready = random.Random(seed).sample(ready, config.limit)
@@ -73,7 +61,6 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
                 raise UserError(f"compare: {error}; see the logs of its workers") from None
 
     settings = {"compare": config.model_dump(mode="json"), "seed": recipe.seed}
-    parents = {"model": model_hash, "prompts": prompts_hash}
     perform(run, PAIRS_STAGE, settings, parents, board, build)
 
 
@@ -90,7 +77,10 @@ async def _compare(
         actor = ray.remote(TeacherWorker).options(**place_rollout(config.rollout))
         return actor.remote(name, model, config.rollout, context, derive_seed(seed, name))
 
-    scorer = await _hire_scorer(config, model, seed, draft.path)
+    longest = config.sampling.max_tokens
+    scorer = await hire_scorer(
+        config.reward, config.judge, model, longest, draft.path, seed, "compare"
+    )
     pool = RolloutPool(config.rollout, spawn, lambda worker, proof: None)
     slots = asyncio.Semaphore(
         max(1, _AHEAD * config.rollout.count * config.rollout.max_sequences // config.completions)
@@ -114,26 +104,6 @@ async def _compare(
     finally:
         pool.stop()
         scorer.stop()
-
-
-async def _hire_scorer(
-    config: CompareConfig, model: Path, seed: int, stage: Path
-) -> CompositeScorer:
-    sources = [part.source for part in config.reward.parts.values()] or [config.reward.source]
-    judge = None
-    if config.reward.judged:
-        judge = await hire_judge(config.judge, stage, seed)
-    workers = None
-    if set(sources) != {"judge"}:
-        reward = config.reward
-        env = worker_env() | {"OMP_NUM_THREADS": str(reward.threads)}
-        options: dict[str, Any] = {
-            "num_cpus": reward.cpus,
-            "num_gpus": reward.gpus,
-            "runtime_env": {"env_vars": env},
-        }
-        workers = RewardPool(reward, lambda name: spawn_reward_worker(name, options, reward, model))
-    return CompositeScorer(config.reward, config.sampling.max_tokens, workers, judge)
 
 
 async def _write(

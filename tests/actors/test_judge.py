@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.judge import JudgePool, Tempo
 from raylign.config import JudgeConfig, UserError
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Rejection
 from tests.inference.service import Asked, Service, Told, serve
-from tests.tiny_model import TEMPLATE
+from tests.tiny_model import write_speller
 
 PROMPT = Prompt("p", (5,), "Say a number.", "7")
 KEY = "sk-canary-42"
@@ -312,37 +309,6 @@ def lengthen(model: Path, directory: Path) -> Path:
     return directory
 
 
-def make_speller(directory: Path) -> Path:
-    """A random model that reads and writes single bytes, so it can be held to a form."""
-    special = ["<pad>", "<eos>", "<user>", "<assistant>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelling = Tokenizer(models.BPE({t: i for i, t in enumerate([*special, *letters])}, []))
-    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    spelling.decoder = decoders.ByteLevel()
-    spelling.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=spelling, pad_token="<pad>", eos_token="<eos>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=4096,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    ).save_pretrained(directory)
-    return directory
-
-
 def judge_with(model: Path, directory: Path, **keys: Any) -> JudgePool:
     rollout = {"count": 1, "cpus": 0.2, "kv_cache_mb": 16, **keys.pop("rollout", {})}
     config = JudgeConfig(model=model, rollout=rollout, **keys)
@@ -376,7 +342,7 @@ def test_a_vllm_judge_that_babbles_gives_no_marks(
 @pytest.mark.slow
 def test_a_judge_held_to_its_form_grows_with_the_queue(ray_cluster: None, tmp_path: Path) -> None:
     keys = {"most": 2, "scale_queue": 4, "concurrency": 2, "temperature": 1.0, "max_tokens": 44}
-    pool = judge_with(make_speller(tmp_path / "model"), tmp_path / "verdicts", **keys)
+    pool = judge_with(write_speller(tmp_path / "model"), tmp_path / "verdicts", **keys)
 
     async def scenario() -> Any:
         try:

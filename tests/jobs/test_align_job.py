@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.align import check, read_prompts
+from jobs.align import check
+from jobs.asking import read_prompts
 from raylign.config import AlgorithmConfig, AlignConfig, RewardConfig, UserError
 from raylign.models.loading import load_tokenizer, require_chat_template
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
 from raylign.config import UserError
 from raylign.environments.calculator import Calculator
 from raylign.environments.environment import Environment
+from raylign.imports import import_object
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {"calculator": Calculator}
 PLACE = "align.environment"
@@ -54,22 +53,7 @@ def _look_up(source: str) -> Callable[..., Environment]:
 
 def _import(source: str) -> Callable[..., Environment]:
     place = f"{PLACE}.source={source!r}"
-    module_name, _, attribute = source.partition(":")
-    if not module_name or not attribute or module_name.startswith("."):
-        raise UserError(f"{place}: expected module:factory, such as my_tools:Search")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{place}: no module named {error.name!r}; run from its directory, or put it on "
-            "PYTHONPATH"
-        ) from None
-    try:
-        factory: Callable[..., Environment] = attrgetter(attribute)(module)
-    except AttributeError:
-        close = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{place}: {module_name} has no {attribute!r}{hint}") from None
+    factory: Callable[..., Environment] = import_object(source, place, "factory", "my_tools:Search")
     if not callable(factory):
         raise UserError(f"{place}: is of type {type(factory).__name__}; name a class or function")
     return factory

@@ -181,38 +181,38 @@ class Hearings:
         return hash_json(parts)[:_DIGITS]
 
 
-def check_judge(config: JudgeConfig, group_size: int | None = None) -> None:
+def check_judge(config: JudgeConfig, group_size: int | None = None, stage: str = "align") -> None:
     """What can be known to be wrong with a judge of such groups before anything is started.
 
-    Raises `UserError` naming the key.
+    Raises `UserError` naming the key, below `stage` of the recipe.
     """
     if config.samples > 1 and config.temperature == 0:
         raise UserError(
-            f"align.judge.samples={config.samples}: with temperature=0 every verdict is the same; "
-            "set samples=1 or a temperature"
+            f"{stage}.judge.samples={config.samples}: with temperature=0 every verdict is the "
+            "same; set samples=1 or a temperature"
         )
     if not config.compare:
         idle = sorted(config.model_fields_set & {"both_orders", "pairs"})
         if idle:
-            raise UserError(f"align.judge.{idle[0]} has no effect without judge.compare=true")
+            raise UserError(f"{stage}.judge.{idle[0]} has no effect without judge.compare=true")
     elif "scale" in config.model_fields_set:
-        raise UserError("align.judge.scale has no effect with judge.compare=true; leave it out")
+        raise UserError(f"{stage}.judge.scale has no effect with judge.compare=true; leave it out")
     elif group_size is not None and group_size < 2:
         raise UserError(
-            f"align.judge.compare: group_size={group_size} leaves nothing to compare with; raise "
-            "align.group_size, or set judge.compare=false"
+            f"{stage}.judge.compare: group_size={group_size} leaves nothing to compare with; raise "
+            f"{stage}.group_size, or set judge.compare=false"
         )
     elif group_size is not None and 0 < config.pairs * 2 < group_size:
         raise UserError(
-            f"align.judge.pairs={config.pairs} leaves some of {group_size} completions without a "
+            f"{stage}.judge.pairs={config.pairs} leaves some of {group_size} completions without a "
             f"pair; give at least {(group_size + 1) // 2}, or 0 for a circle"
         )
     if config.model is None:
         idle = sorted(config.model_fields_set & {"rollout", "most", "scale_queue"})
         if idle:
-            raise UserError(f"align.judge.{idle[0]} has no effect without judge.model")
+            raise UserError(f"{stage}.judge.{idle[0]} has no effect without judge.model")
     elif config.most < config.rollout.count:
         raise UserError(
-            f"align.judge.most={config.most} is fewer than judge.rollout.count="
+            f"{stage}.judge.most={config.most} is fewer than judge.rollout.count="
             f"{config.rollout.count}; raise it"
         )

@@ -46,13 +46,14 @@ class Panel:
         return {name: measure(trajectories, prompt) for name, measure in self._sources.items()}
 
 
-def check_sources(config: RewardConfig, policy: Path | None = None) -> None:
+def check_sources(config: RewardConfig, policy: Path | None = None, stage: str = "align") -> None:
     """What can be known to be wrong before anything is started; raises `UserError`. With `policy`,
-    the directory of the model that samples, also whether a reward model can read it."""
-    for at, source, model, options in _list_sources(config).values():
+    the directory of the model that samples, also whether a reward model can read it. `stage`: whose
+    section of the recipe messages name."""
+    for at, source, model, options in _list_sources(config, stage).values():
         if source == "judge":
             if options:
-                raise UserError(f"{at}.options has no effect with source=judge; see align.judge")
+                raise UserError(f"{at}.options has no effect with source=judge; see {stage}.judge")
         elif source == "model":
             if options:
                 raise UserError(f"{at}.options has no effect with source=model; leave it out")
@@ -98,12 +99,12 @@ def _bind(function: Any) -> Any:
 
 
 def _list_sources(
-    config: RewardConfig,
+    config: RewardConfig, stage: str = "align"
 ) -> dict[str, tuple[str, str, Path | None, Mapping[str, Any]]]:
     """Place in the recipe, source, model and options of each."""
     if not config.parts:
-        return {ONLY: ("align.reward", config.source, config.model, {})}
+        return {ONLY: (f"{stage}.reward", config.source, config.model, {})}
     return {
-        name: (f"align.reward.parts.{name}", part.source, part.model, part.options)
+        name: (f"{stage}.reward.parts.{name}", part.source, part.model, part.options)
         for name, part in config.parts.items()
     }

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 from typing import Any
 
 from raylign.config import SandboxConfig, UserError
+from raylign.imports import import_object
 from raylign.records import Trajectory
 from raylign.rewards.verifiers import (
     RewardFunction,
@@ -96,7 +95,7 @@ def load_reward(
     options = options or {}
     key = f"{place}.source={source!r}"
     if ":" in source:
-        function = _import(source, key)
+        function = import_object(source, key, "function", "my_rewards:score")
         _check_callable(function, key, options)
         return functools.partial(function, **options) if options else function
     if source not in VERIFIERS:
@@ -143,26 +142,6 @@ def _check_options(
 def _suggest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}? " if close else ""
-
-
-def _import(source: str, place: str) -> Any:
-    module_name, _, attribute = source.partition(":")
-    if not module_name or not attribute or module_name.startswith("."):
-        raise UserError(f"{place}: expected module:function, such as my_rewards:score")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            remedy = "run from its directory, or put it on PYTHONPATH"
-        else:
-            remedy = f"{module_name} itself imports it; install it"
-        raise UserError(f"{place}: no module named {error.name!r}; {remedy}") from None
-    try:
-        return attrgetter(attribute)(module)
-    except AttributeError:
-        close = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{place}: {module_name} has no {attribute!r}{hint}") from None
 
 
 def _check_callable(function: Any, place: str, options: Mapping[str, Any]) -> None:
