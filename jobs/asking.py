@@ -57,7 +57,8 @@ def read_prompts(
         raise UserError(f"{stage}.prompts: {file} does not exist")
     prompts = []
     # Not splitlines(): a JSON string may hold U+2028 and its like, which that takes for ends.
-    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         place = f"{file}:{number}"
         try:
             row = json.loads(line)

@@ -44,6 +44,13 @@ def test_a_prompt_that_does_not_fit_is_named_by_line(tiny_model: Path, tmp_path:
         read_prompts(file, load_tokenizer(tiny_model), 64, 8)
 
 
+def test_a_line_separator_inside_a_prompt_ends_no_row(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "w1\u2028w2", "reference": "1"}\n', encoding="utf-8")
+    [prompt] = read_prompts(file, load_tokenizer(tiny_model), 64, 8)
+    assert prompt.text == "w1\u2028w2"
+
+
 @pytest.mark.parametrize("row", [{"prompt": "w1"}, ["w1"], {"reference": "1"}])
 def test_a_malformed_row_is_named_by_line(tiny_model: Path, tmp_path: Path, row: object) -> None:
     file = write_rows(tmp_path / "p.jsonl", {"prompt": "w1", "reference": "1"}, row)
