@@ -93,9 +93,17 @@ class AlignRun:
             env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | environment,
         )
         self._started = time.monotonic()
-        self._events = GrowingLines(self.stage / EVENTS_FILE)
-        self._metrics = GrowingLines(self.stage / METRICS_FILE)
+        self._lines = {
+            place / name: GrowingLines(place / name)
+            for place in (self.stage, self.done)
+            for name in (EVENTS_FILE, METRICS_FILE)
+        }
         return self
+
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        """Rows of the stage in the making, or of the finished one."""
+        place = self.done if self.done.is_dir() else self.stage
+        return self._lines[place / name].read()
 
     @property
     def driver(self) -> psutil.Process:
@@ -113,6 +121,16 @@ class AlignRun:
             except psutil.Error:
                 continue
         return sorted(found, key=lambda process: (process.create_time(), process.pid))
+
+    def wait_for_another(self, role: str, known: Sequence[psutil.Process]) -> list[psutil.Process]:
+        """Processes of a role that are none of those."""
+        pids = {process.pid for process in known}
+
+        def find() -> list[psutil.Process]:
+            return [process for process in self.processes(role) if process.pid not in pids]
+
+        found: list[psutil.Process] = self.wait(f"another {role}", find)
+        return found
 
     def left_behind(self) -> list[psutil.Process]:
         """Processes of this run that are still there."""
@@ -132,13 +150,13 @@ class AlignRun:
         """Those whose fields are as wanted."""
         return [
             row
-            for row in self._events.read()
+            for row in self._read(EVENTS_FILE)
             if all(row.get(name) == value for name, value in wanted.items())
         ]
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row a step."""
-        return self._metrics.read()
+        return self._read(METRICS_FILE)
 
     def wait(self, what: str, condition: Callable[[], Any], deadline_s: float = START_S) -> Any:
         """What `condition` gives once it is true. Raises `Overdue` with what was waited for."""

@@ -131,13 +131,6 @@ def require_clean(run: AlignRun, deadline_s: float = 20.0) -> None:
         time.sleep(0.2)
 
 
-def require_staleness(run: AlignRun, bound: int) -> None:
-    """No sample that was learned from was older than allowed."""
-    rows = [json.loads(line) for line in (run.done / "metrics.jsonl").read_text().splitlines()]
-    worst = max(row["staleness/max"] for row in rows)
-    assert worst <= bound, f"a sample was {worst} versions old, {bound} allowed"
-
-
 def hang(run: AlignRun, role: str, index: int = 0) -> float:
     """Stop a process of a role, as if its machine had frozen."""
     return run.kill([run.processes(role)[index]], signal.SIGSTOP)

@@ -71,13 +71,7 @@ def kill_twice(lab: Lab) -> Outcome:
         run.wait_for_step(1)
         first = run.processes("LearnerWorker")
         start = run.kill(first[1:])
-        known = {process.pid for process in first}
-        fresh = run.wait(
-            "a new rank",
-            lambda: [p for p in run.processes("LearnerWorker") if p.pid not in known],
-            60,
-        )
-        run.kill(fresh[:1])
+        run.kill(run.wait_for_another("LearnerWorker", first)[:1])
         lost = first_event(run, start, 30, what="lost", actor="learner")
         restored = first_event(run, start, 300, what="restored")
         end_well(run, start)
