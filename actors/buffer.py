@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raylign.records import Trajectory
+from raylign.rewards.outcomes import Rejection, reject
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The scored completions of one prompt, and the reasons of those that were rejected."""
+    """The scored completions of one prompt, and those that were rejected."""
 
     trajectories: tuple[Trajectory, ...]
-    rejected: tuple[str, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
     request: str = ""
     """What the completions were asked for under."""
 
@@ -44,6 +45,8 @@ class Admitted:
     """Completions that are learned from, by request."""
     drops: tuple[Drop, ...]
     """The others: dispatched = admitted + dropped, always."""
+    left_out: tuple[tuple[str, Rejection], ...]
+    """The same one by one, each with its request."""
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -78,30 +81,32 @@ def admit(
     numbers: list[int] = []
     trained: dict[str, int] = {}
     drops: list[Drop] = []
+    left_out: list[tuple[str, Rejection]] = []
     for number, group in enumerate(groups):
-        reasons = Counter(group.rejected)
+        out = list(group.rejected)
         kept = []
         for trajectory in group.trajectories:
-            reason = _reject(trajectory, version, max_staleness)
+            reason = _find_fault(trajectory, version, max_staleness)
             if reason:
-                reasons[reason] += 1
+                out.append(reject(trajectory, reason))
             else:
                 kept.append(trajectory)
         if needs_groups and len(kept) == 1:
-            reasons["alone in its group"] += 1
-            kept = []
+            out.append(reject(kept.pop(), "alone in its group"))
         if needs_spread and kept and len({t.reward for t in kept}) == 1:
-            reasons["no spread"] += len(kept)
+            out += [reject(trajectory, "no spread") for trajectory in kept]
             kept = []
+        reasons = Counter(rejection.reason for rejection in out)
         drops += [Drop(group.request, reason, count) for reason, count in reasons.items()]
+        left_out += [(group.request, rejection) for rejection in out]
         if kept:
             trained[group.request] = len(kept)
         trajectories += kept
         numbers += [number] * len(kept)
-    return Admitted(tuple(trajectories), tuple(numbers), trained, tuple(drops))
+    return Admitted(tuple(trajectories), tuple(numbers), trained, tuple(drops), tuple(left_out))
 
 
-def _reject(trajectory: Trajectory, version: int, max_staleness: int) -> str | None:
+def _find_fault(trajectory: Trajectory, version: int, max_staleness: int) -> str | None:
     if not trajectory.sampled_tokens:
         return "empty"
     if version - trajectory.version_span[0] > max_staleness:

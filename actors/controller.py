@@ -30,7 +30,7 @@ from actors.journal import Journal
 from actors.learner import LearnerReport
 from actors.learner_rank import resolve_algorithm
 from actors.ledger import LEDGER_FILE, NOTHING_SETTLED, Ledger, Totals
-from actors.measurement import measure_step, regroup
+from actors.measurement import describe_left_out, measure_step, regroup
 from actors.placement import place_rollout, require_room
 from actors.rollout_pool import RolloutPool
 from actors.run_files import Branch, RunFiles, Start, next_branch
@@ -124,7 +124,7 @@ class Controller:
             wishes.cancel()
             if self._sync is not None:
                 self._sync.cancel()
-            await self._dispatcher.cancel()
+            await self._dispatcher.cancel("in flight when the run ended")
             self._ledger.close()
         return self._ledger.totals
 
@@ -143,9 +143,9 @@ class Controller:
         self._step = start.step + len(start.batches)
         if start.branch.attempt:
             self._files.settle_branch(start.branch)  # of a rollback that was interrupted
+        self._told = min(self._step, self._journal.last_step + 1)
+        self._journal.rewind(self._told)
         if self._step:
-            self._told = min(self._step, self._journal.last_step + 1)
-            self._journal.rewind(self._told)
             self._journal.event(what="resumed", step=self._step, checkpoint=start.step)
         for event in start.events:
             self._journal.event(**event)
@@ -189,7 +189,7 @@ class Controller:
             await self._roll_back(step, f"{error}; no rank has taken the step")
             return
         self._book(batch)
-        self._files.drop_groups(step)
+        self._dispatcher.finish(step)
         self._step += 1
         done = {"start": report.start, "end": report.end, "step": step, "version": version + 1}
         self._journal.event(actor="learner", what="learn", **done)
@@ -252,10 +252,10 @@ class Controller:
             "critic_lr": rate * config.critic.optimizer.lr,
             "kl_coef": self._kl_coef,
         }
-        drops = [[drop.request, drop.reason, drop.completions] for drop in admitted.drops]
         record = {
             "trained": admitted.trained,
-            "drops": drops,
+            "drops": [[drop.request, drop.reason, drop.completions] for drop in admitted.drops],
+            "left_out": describe_left_out(admitted.left_out),
             "scorer": self._crew.scorer.state(),
         }
         return LearnerBatch(step, admitted.trajectories, admitted.groups, settings, record)
@@ -357,11 +357,12 @@ class Controller:
             self._journal.event(what="collapse", step=self._step, text=reason, action="stop")
             raise UserError(f"align stopped{done}: {reason}; {kept}; lower align.optimizer.lr")
         await self._settle()
-        await self._dispatcher.cancel()
+        await self._dispatcher.cancel(UNDONE)
         target = self._files.last_good(before)
         undone = self._ledger.undo(self._files.settled_at(target), UNDONE, self._step)
         version = self._step + self._branch.shift
         self._branch = next_branch(self._branch, version, target, undone)
+        self._journal.rewind(target, UNDONE)
         self._files.roll_back(target, self._branch)
         self._journal.event(
             what="collapse", step=self._step, text=reason, action="rollback", to=target
@@ -370,7 +371,6 @@ class Controller:
         self._files.settle_branch(self._branch)
         self._step = target
         self._guard.forget()
-        self._journal.rewind(target)
         await self._crew.rollouts.publish(manifest)
         self._dispatcher.begin_at(target, self._branch)
         self._dispatcher.allow(target)

@@ -22,6 +22,7 @@ from actors.supervision import PromptLost
 from raylign.config import AlignConfig
 from raylign.inference.generator import Sampling
 from raylign.records import Prompt, Trajectory
+from raylign.rewards.outcomes import Rejection
 
 
 class Scorer(Protocol):
@@ -90,6 +91,8 @@ class Dispatcher:
         self._dynamic = replaces_idle_groups
         self._sampling = Sampling(**config.sampling.model_dump())
         self._steps: dict[int, asyncio.Task[list[Group]]] = {}
+        self._made: dict[int, list[Group]] = {}
+        """Groups of steps that are not learned from yet."""
         self._next = 0
         self._branch = Branch()
 
@@ -114,13 +117,21 @@ class Dispatcher:
         """The groups of a step that was allowed, in the order they were asked for."""
         return await self._steps.pop(step)
 
-    async def cancel(self) -> None:
-        """Give up all that was begun."""
+    def finish(self, step: int) -> None:
+        """A step is learned from, and its batch has all that is to be kept of its groups."""
+        self._made.pop(step, None)
+        self._files.drop_groups(step)
+
+    async def cancel(self, reason: str) -> None:
+        """Give up all that was begun; of what was made, and not learned from, the journal hears."""
         tasks = list(self._steps.values())
         self._steps.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for step, groups in sorted(self._made.items()):
+            self._journal.unlearned(step, step + self._branch.shift, groups, reason)
+        self._made.clear()
 
     async def _make_step(self, step: int, oldest: int) -> list[Group]:
         wanted = self._config.prompts_per_step
@@ -167,6 +178,7 @@ class Dispatcher:
         """A group that is found on disk, of an interrupted attempt, or asked for."""
         known = await asyncio.to_thread(self._files.take_group, request.group)
         if known is not None:
+            self._made.setdefault(step, []).append(known)
             return known
         rollout = self._rollouts.generate(
             request.prompt, request.group, request.sampling, request.count, request.oldest
@@ -182,22 +194,28 @@ class Dispatcher:
             rollout = await waiting
         except PromptLost as error:
             self._journal.event(what="prompt lost", step=step, text=str(error))
-            return Group((), ("prompt lost",) * request.count, request.group)
+            return self._refuse(request, "prompt lost", str(error))
         except ValueError as error:  # the prompt's own fault
             self._journal.event(what="prompt refused", step=step, text=str(error))
-            return Group((), ("prompt refused",) * request.count, request.group)
+            return self._refuse(request, "prompt refused", str(error))
         self._note("generate", rollout.worker, rollout.start, rollout.end, step)
-        rejected = [rejection.reason for rejection in rollout.rejected]
+        rejected = list(rollout.rejected)
         kept: tuple[Trajectory, ...] = ()
         if rollout.trajectories:
             scores = await self._scorer.score(rollout.trajectories, request.prompt)
             self._note("score", scores.worker, scores.start, scores.end, step)
             kept = tuple(scores.scored.kept)
-            rejected += [rejection.reason for rejection in scores.scored.rejected]
+            rejected += scores.scored.rejected
         missing = request.count - len(kept) - len(rejected)
         if missing:
             raise RuntimeError(f"{missing} completions of request {request.group} are missing")
-        return Group(kept, tuple(rejected), request.group)
+        group = Group(kept, tuple(rejected), request.group)
+        self._made.setdefault(step, []).append(group)
+        return group
+
+    def _refuse(self, request: RolloutRequest, reason: str, detail: str) -> Group:
+        each = Rejection(request.prompt.id, request.group, reason, detail[:200])
+        return Group((), (each,) * request.count, request.group)
 
     def _note(self, what: str, worker: str, start: float, end: float, step: int) -> None:
         self._journal.event(actor=worker, what=what, start=start, end=end, step=step)

@@ -33,13 +33,18 @@ class Journal(Protocol):
         """All completions of a step, learned from or not, and what the learner found of them."""
         ...
 
+    def unlearned(self, step: int, version: int, groups: Sequence[Group], reason: str) -> None:
+        """Completions that were made for a step, and of which no more comes."""
+        ...
+
     @property
     def last_step(self) -> int:
         """The last step that all is known of, in earlier attempts too; -1 when there is none."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Everything from `step` on is undone, and will come again."""
+    def rewind(self, step: int, undone: str = "") -> None:
+        """Everything from `step` on will come again. Its completions are the same ones then, unless
+        `undone` says why nothing is left of them but the record."""
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class LearnerReport:
     log-prob at the version that sampled the token, NaN where that is not known."""
     start: float
     end: float
+    token_advantages: dict[int, np.ndarray] = field(default_factory=dict)
+    """float32 [T] of some trajectories whose tokens do not all have the same."""
 
 
 class LearnerGroup:
@@ -136,6 +138,9 @@ class LearnerGroup:
             gaps={row: gap for one in learned for row, gap in sorted(one.gaps.items())},
             start=min(report.start for report in reports),
             end=max(report.end for report in reports),
+            token_advantages={
+                row: each for one in learned for row, each in one.token_advantages.items()
+            },
         )
 
     async def publish(self) -> WeightManifest:

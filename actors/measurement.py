@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from actors.buffer import Group, count_staleness
 from actors.learner import LearnerReport
 from raylign.records import Trajectory
+from raylign.rewards.outcomes import Rejection
 from raylign.training.batches import LearnerBatch
 
 
@@ -38,7 +41,11 @@ def measure_step(
     if "mismatch/mean_abs" in report.metrics:
         metrics["mismatch/max_abs"] = report.mismatch_max
     for part in sorted({name for t in learned for name in t.reward_parts}):
-        metrics[f"reward/{part}"] = _mean([t.reward_parts.get(part, 0.0) for t in learned])
+        values = [t.reward_parts.get(part, 0.0) for t in learned]
+        metrics[f"reward/{part}"] = _mean(values)
+        agreement = _correlate(rewards, values)
+        if agreement is not None and values != rewards:
+            metrics[f"agreement/{part}"] = agreement
     return metrics
 
 
@@ -47,13 +54,54 @@ def regroup(batch: LearnerBatch) -> list[Group]:
     kept: dict[str, list[Trajectory]] = {}
     for trajectory in batch.trajectories:
         kept.setdefault(trajectory.group_id, []).append(trajectory)
-    rejected: dict[str, list[str]] = {}
+    rejected: dict[str, list[Rejection]] = {}
     for request, reason, count in batch.record["drops"]:
-        rejected.setdefault(request, []).extend([reason] * count)
+        one = Rejection("", request, reason)
+        rejected.setdefault(request, []).extend([one] * count)
     return [
         Group(tuple(kept.get(request, ())), tuple(rejected.get(request, ())), request)
         for request in dict.fromkeys((*kept, *rejected))
     ]
+
+
+def describe_sample(trajectory: Trajectory) -> dict[str, Any]:
+    """What there is to read of a completion; JSON."""
+    return {
+        "prompt_id": trajectory.prompt_id,
+        "completion": trajectory.text,
+        "finish_reason": trajectory.finish_reason,
+        "reward": _finite(trajectory.reward),
+        "parts": {name: _finite(value) for name, value in trajectory.reward_parts.items()},
+        "versions": list(trajectory.version_span),
+        "worker": trajectory.worker,
+        "turns": trajectory.turns,
+        "sampled_tokens": trajectory.sampled_tokens,
+    }
+
+
+def describe_left_out(left_out: Iterable[tuple[str, Rejection]]) -> list[dict[str, Any]]:
+    """What there is to read of completions, each with its request, that are not learned from."""
+    rows = []
+    for request, rejection in left_out:
+        found: dict[str, Any] = {"prompt_id": rejection.prompt_id, "completion": None}
+        if rejection.trajectory is not None:
+            found = describe_sample(rejection.trajectory)
+        rows.append({"request": request, **found, "left_out": rejection.reason})
+        if rejection.detail:
+            rows[-1]["detail"] = rejection.detail
+    return rows
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _correlate(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson's correlation, -1 to 1; None where one of them is the same throughout."""
+    means = _mean(first), _mean(second)
+    offsets = [(a - means[0], b - means[1]) for a, b in zip(first, second, strict=True)]
+    scale = (sum(a * a for a, _ in offsets) * sum(b * b for _, b in offsets)) ** 0.5
+    return sum(a * b for a, b in offsets) / scale if scale > 1e-9 * len(offsets) else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -30,7 +30,7 @@ from raylign.inference.generator import AdapterForm, Sampling, build_generator
 from raylign.inference.serving import GeneratorLoop, Request
 from raylign.models.loading import load_tokenizer
 from raylign.records import Prompt, Trajectory
-from raylign.rewards.scoring import Rejection
+from raylign.rewards.outcomes import Rejection, reject
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +217,8 @@ class RolloutWorker:
             if episode.failure is None:
                 kept.append(to_trajectory(request.prompt, request.group, episode, self._name))
             else:
-                lost = episode.failure
-                rejected.append(
-                    Rejection(request.prompt.id, request.group, lost.failure, lost.detail)
-                )
+                begun = to_trajectory(request.prompt, request.group, episode, self._name)
+                rejected.append(reject(begun, episode.failure.failure, episode.failure.detail))
         rollout = Rollout(tuple(kept), self._name, done.start, done.end, tuple(rejected))
         return Answer(done.errand.key, rollout)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from actors.buffer import Group
 from actors.ledger import NOTHING_SETTLED
+from raylign.rewards.outcomes import Rejection
 from raylign.run import write_json
 from raylign.training.batches import BatchFiles, LearnerBatch, read_batch, write_batch
 from raylign.training.checkpoints import (
@@ -140,10 +141,15 @@ class RunFiles:
 
     def keep_group(self, step: int, group: Group) -> None:
         """Keep a scored group until its step is learned."""
-        record = {"request": group.request, "rejected": list(group.rejected)}
-        numbers = (0,) * len(group.trajectories)
+        seen = [r.trajectory for r in group.rejected if r.trajectory is not None]
+        rejected = [
+            [r.prompt_id, r.group_id, r.reason, r.detail, r.trajectory is not None]
+            for r in group.rejected
+        ]
+        record = {"request": group.request, "rejected": rejected}
+        every = (*group.trajectories, *seen)
         self._groups.mkdir(exist_ok=True)
-        batch = LearnerBatch(step, group.trajectories, numbers, {}, record)
+        batch = LearnerBatch(step, every, (0,) * len(every), {}, record)
         write_batch(self._file(group.request), batch, flush=False)
 
     def take_group(self, request: str) -> Group | None:
@@ -152,7 +158,14 @@ class RunFiles:
         batch = read_batch(file) if file.is_file() else None
         if batch is None:
             return None
-        return Group(batch.trajectories, tuple(batch.record["rejected"]), request)
+        listed = batch.record["rejected"]
+        kept = len(batch.trajectories) - sum(seen for *_, seen in listed)
+        others = iter(batch.trajectories[kept:])
+        rejected = tuple(
+            Rejection(prompt, group, reason, detail, next(others) if seen else None)
+            for prompt, group, reason, detail, seen in listed
+        )
+        return Group(batch.trajectories[:kept], rejected, request)
 
     def drop_groups(self, step: int) -> None:
         """The groups of `step` are in its batch now."""

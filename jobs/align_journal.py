@@ -21,7 +21,7 @@ from typing import Any
 from actors.buffer import Group
 from actors.learner import LearnerReport
 from jobs.align_panel import draw_panel, note_step, tabulate_steps
-from jobs.align_rows import Spell, list_examples, list_rollouts
+from jobs.align_rows import Spell, list_examples, list_rollouts, list_unlearned, undo_rows
 from raylign.outbox import Outbox
 from raylign.records import Prompt
 from raylign.sinks import GuardedSink, Sink
@@ -117,16 +117,29 @@ class AlignJournal:
 
         self._outbox.put(write, weight=max(1, sum(len(group.trajectories) for group in groups)))
 
+    def unlearned(self, step: int, version: int, groups: Sequence[Group], reason: str) -> None:
+        """Rows of rollouts.jsonl."""
+
+        def write() -> None:
+            rows = list_unlearned(step, version, groups, reason, self._prompts)
+            self._write(ROLLOUTS_FILE, rows)
+
+        self._outbox.put(write, weight=max(1, sum(len(group.trajectories) for group in groups)))
+
     @property
     def last_step(self) -> int:
         return int(self._rows[-1]["step"]) if self._rows else -1
 
-    def rewind(self, step: int) -> None:
-        """Rows of `step` and later are removed, but for events: those have happened."""
+    def rewind(self, step: int, undone: str = "") -> None:
+        """Rows of `step` and later are removed, but for events: those have happened. Completions
+        that are `undone` for a reason stay, with it."""
+        heard = step or self._rows
         self._rows = [row for row in self._rows if int(row["step"]) < step]
-        for name in (METRICS_FILE, ROLLOUTS_FILE, EXAMPLES_FILE):
+        for name in (METRICS_FILE, EXAMPLES_FILE):
             self._outbox.put(partial(cut_lines, self._directory / name, step), needed=True)
-        for sink in self._sinks:
+        undo = partial(undo_rows, self._directory / ROLLOUTS_FILE, step, undone)
+        self._outbox.put(undo, needed=True)
+        for sink in self._sinks if heard else ():
             sink.rewind(step)
         self._show()
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors.buffer import Group
 from actors.learner import LearnerReport
+from actors.measurement import describe_left_out, describe_sample
 from raylign.records import Prompt, Trajectory
+from raylign.rewards.outcomes import reject
 from raylign.training.batches import LearnerBatch
 
 GROUPS_IN_DETAIL = 2
@@ -29,46 +34,100 @@ def list_rollouts(
     prompts: Mapping[str, Prompt],
     spell: Spell | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each completion of a step, in the order of `groups`; then for what the batch holds
-    besides.
+    """A row for each completion of a step, by request in the order of `groups`; then for what the
+    batch holds besides.
 
-    version: of the policy that learned. The batch's record has `drops`: request, reason and number.
-    `left_out` says why a completion was not learned from; of one that was rejected no more is
-    known. With `spell`, which gives the text of each token, some
-    completions have `tokens` too: token ids, texts, log-probs and gaps from their first sampled
-    token on.
+    version: of the policy that learned. The batch's record has `left_out`, as
+    `actors.measurement.describe_left_out` makes it. `left_out` of a row says why a completion was
+    not learned from. With `spell`, which gives the text of each token, some of those that were have
+    `tokens` too: token ids, texts, log-probs, gaps and, where they differ, advantages from their
+    first sampled token on.
     """
-    numbers = _number_rows(batch)
-    reasons: dict[str, dict[str, None]] = {}
-    for dropped, reason, _ in batch.record.get("drops", ()):
-        reasons.setdefault(dropped, {})[reason] = None
-    rows: list[dict[str, Any]] = []
-    placed: list[tuple[str, Trajectory, int | None]] = []
-    for group in groups:
-        for trajectory in group.trajectories:
-            found = numbers.get(_identify(trajectory))
-            place = found.pop(0) if found else None
-            if place is not None:
-                trajectory = batch.trajectories[place]  # its reward may have been scaled since
-            placed.append((group.request or trajectory.group_id, trajectory, place))
-    left = sorted(place for found in numbers.values() for place in found)
-    placed += [(batch.trajectories[i].group_id, batch.trajectories[i], i) for i in left]
-    detailed = set(_choose_detailed(placed, report)) if spell is not None else set()
-    for index, (request, trajectory, number) in enumerate(placed):
-        row: dict[str, Any] = {"step": step, "version": version, "request": request}
-        row |= _describe(trajectory, prompts)
-        gap = None if number is None else report.gaps.get(number)
-        if number is None:
-            row["left_out"] = ", ".join(reasons.get(request, ())) or "not learned from"
-            row |= {"advantage": None, "mismatch": None}
-        else:
-            row["left_out"] = None
-            row["advantage"] = _finite(report.advantages[number])
-            row["mismatch"] = None if gap is None else _mean_gap(gap)
-        if spell is not None and index in detailed:
-            row["tokens"] = _spell_out(trajectory, spell, gap)
-        rows.append(row)
-    return rows + _list_rejected(step, version, groups, prompts)
+    detailed = set(_choose_detailed(batch.trajectories, report)) if spell is not None else set()
+    placed: dict[str, list[dict[str, Any]]] = {group.request: [] for group in groups}
+    for number, trajectory in enumerate(batch.trajectories):
+        gap = report.gaps.get(number)
+        row = _head(step, version, trajectory.group_id, prompts, describe_sample(trajectory))
+        row |= {
+            "left_out": None,
+            "advantage": _finite(report.advantages[number]),
+            "mismatch": None if gap is None else _mean_gap(gap),
+        }
+        if spell is not None and number in detailed:
+            advantages = report.token_advantages.get(number)
+            row["tokens"] = _spell_out(trajectory, spell, gap, advantages)
+        placed.setdefault(trajectory.group_id, []).append(row)
+    for found in batch.record.get("left_out", ()):
+        row = _head(step, version, found["request"], prompts, found)
+        placed.setdefault(found["request"], []).append(row)
+    return [row for rows in placed.values() for row in rows]
+
+
+def list_unlearned(
+    step: int, version: int, groups: Sequence[Group], reason: str, prompts: Mapping[str, Prompt]
+) -> list[dict[str, Any]]:
+    """The same of completions that were made and are not learned from for one reason, unless they
+    have one of their own."""
+    left_out = [
+        (group.request, rejection)
+        for group in groups
+        for rejection in (*(reject(t, reason) for t in group.trajectories), *group.rejected)
+    ]
+    return [
+        _head(step, version, found["request"], prompts, found)
+        for found in describe_left_out(left_out)
+    ]
+
+
+def undo_rows(file: Path, step: int, reason: str = "") -> None:
+    """Take the rows of `step` and later, and lines cut short, from a file of rollouts, if there is
+    one; with a `reason` they stay, and say that it made what was learned from them undone. Rows
+    that say so already stay as they are. Raises `OSError`."""
+    if not file.is_file():
+        return
+    draft = file.with_name(f".{file.name}")
+    with file.open("rb") as written, draft.open("wb") as kept:
+        for line in written:
+            row = _read_row(line)
+            if row is None:
+                continue
+            if row["step"] >= step and not row.get("undone"):
+                if not reason:
+                    continue
+                if row.get("left_out"):
+                    row["detail"] = "; ".join(
+                        str(row[k]) for k in ("left_out", "detail") if k in row
+                    )
+                line = f"{json.dumps(row | {'left_out': reason, 'undone': True})}\n".encode()
+            kept.write(line)
+    os.replace(draft, file)
+
+
+def _read_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _head(
+    step: int,
+    version: int,
+    request: str,
+    prompts: Mapping[str, Prompt],
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    prompt = prompts.get(found["prompt_id"])
+    return {
+        "step": step,
+        "version": version,
+        "request": request,
+        "prompt_id": found["prompt_id"],
+        "prompt": prompt.text if prompt else None,
+        "reference": prompt.reference if prompt else None,
+        **found,
+    }
 
 
 def list_examples(
@@ -117,73 +176,23 @@ def spell_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _identify(trajectory: Trajectory) -> tuple[str, bytes, bytes]:
-    # Not by identity: a batch may come back from the disk.
-    ids = np.ascontiguousarray(trajectory.token_ids, np.int32)
-    scores = np.ascontiguousarray(trajectory.logprobs, np.float32)
-    return trajectory.group_id, ids.tobytes(), scores.tobytes()
-
-
-def _number_rows(batch: LearnerBatch) -> dict[tuple[str, bytes, bytes], list[int]]:
-    numbers: dict[tuple[str, bytes, bytes], list[int]] = {}
-    for number, trajectory in enumerate(batch.trajectories):
-        numbers.setdefault(_identify(trajectory), []).append(number)
-    return numbers
-
-
-def _choose_detailed(
-    placed: Sequence[tuple[str, Trajectory, int | None]], report: LearnerReport
-) -> list[int]:
+def _choose_detailed(trajectories: Sequence[Trajectory], report: LearnerReport) -> list[int]:
     """Whole groups, so that completions of one prompt can be compared; first those of which the
     mismatch is known."""
     members: dict[str, list[int]] = {}
-    for index, (request, _, _) in enumerate(placed):
-        members.setdefault(request, []).append(index)
+    for number, trajectory in enumerate(trajectories):
+        members.setdefault(trajectory.group_id, []).append(number)
     known = {
-        request: sum(placed[index][2] in report.gaps for index in indices)
-        for request, indices in members.items()
+        request: sum(number in report.gaps for number in numbers)
+        for request, numbers in members.items()
     }
     chosen = sorted(members, key=lambda request: -known[request])[:GROUPS_IN_DETAIL]
-    return [index for request in chosen for index in members[request]][:TOKEN_ROWS]
+    return [number for request in chosen for number in members[request]][:TOKEN_ROWS]
 
 
-def _describe(trajectory: Trajectory, prompts: Mapping[str, Prompt]) -> dict[str, Any]:
-    return {
-        **_describe_prompt(trajectory.prompt_id, prompts),
-        "completion": trajectory.text,
-        "finish_reason": trajectory.finish_reason,
-        "reward": _finite(trajectory.reward),
-        "parts": {name: _finite(value) for name, value in trajectory.reward_parts.items()},
-        "versions": list(trajectory.version_span),
-        "worker": trajectory.worker,
-        "turns": trajectory.turns,
-        "sampled_tokens": trajectory.sampled_tokens,
-    }
-
-
-def _describe_prompt(prompt_id: str, prompts: Mapping[str, Prompt]) -> dict[str, Any]:
-    prompt = prompts.get(prompt_id)
-    return {
-        "prompt_id": prompt_id,
-        "prompt": prompt.text if prompt else None,
-        "reference": prompt.reference if prompt else None,
-    }
-
-
-def _list_rejected(
-    step: int, version: int, groups: Sequence[Group], prompts: Mapping[str, Prompt]
-) -> list[dict[str, Any]]:
-    rows = []
-    for group in groups:
-        prompt_id = group.trajectories[0].prompt_id if group.trajectories else ""
-        for reason in group.rejected:
-            row = {"step": step, "version": version, "request": group.request}
-            row |= _describe_prompt(prompt_id, prompts)
-            rows.append(row | {"completion": None, "reward": None, "left_out": reason})
-    return rows
-
-
-def _spell_out(trajectory: Trajectory, spell: Spell, gap: np.ndarray | None) -> dict[str, Any]:
+def _spell_out(
+    trajectory: Trajectory, spell: Spell, gap: np.ndarray | None, advantages: np.ndarray | None
+) -> dict[str, Any]:
     sampled = np.flatnonzero(trajectory.loss_mask)
     start = int(sampled[0]) if len(sampled) else len(trajectory.token_ids)
     ids = trajectory.token_ids[start:].tolist()
@@ -195,9 +204,10 @@ def _spell_out(trajectory: Trajectory, spell: Spell, gap: np.ndarray | None) -> 
         "sampled": [int(one) for one in mask],
         "logprobs": [_round(x) if one else None for x, one in zip(known, mask, strict=True)],
     }
-    if gap is not None:
-        cut = gap[start : len(trajectory.token_ids)].tolist()
-        found["gaps"] = [_round(x) if one else None for x, one in zip(cut, mask, strict=True)]
+    for name, values in (("gaps", gap), ("advantages", advantages)):
+        if values is not None:
+            cut = values[start : len(trajectory.token_ids)].tolist()
+            found[name] = [_round(x) if one else None for x, one in zip(cut, mask, strict=True)]
     return found
 
 

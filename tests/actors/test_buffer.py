@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from actors.buffer import Group, admit, count_staleness
 from raylign.records import Trajectory
+from raylign.rewards.outcomes import Rejection, reject
 
 
 def trajectory(group: str, versions: list[int], reward: float = 1.0) -> Trajectory:
@@ -23,12 +26,17 @@ def trajectory(group: str, versions: list[int], reward: float = 1.0) -> Trajecto
     )
 
 
+def refuse(*reasons: str) -> tuple[Rejection, ...]:
+    return tuple(reject(trajectory("r", [4]), reason) for reason in reasons)
+
+
 def test_every_sample_is_admitted_or_counted() -> None:
+    nan = refuse("reward is nan")
     groups = [
-        Group((trajectory("0", [3, 3]), trajectory("0", [3, 4])), ("reward is nan",), "0"),
+        Group((trajectory("0", [3, 3]), trajectory("0", [3, 4])), nan, "0"),
         Group((trajectory("1", [1]), trajectory("1", [4]), trajectory("1", [4])), (), "1"),
         Group((trajectory("2", []), trajectory("2", [4])), (), "2"),
-        Group((), ("reward is nan", "reward raised ValueError"), "3"),
+        Group((), refuse("reward is nan", "reward raised ValueError"), "3"),
     ]
     admitted = admit(groups, needs_groups=True, version=4, max_staleness=1)
     assert admitted.dropped == {
@@ -45,6 +53,12 @@ def test_every_sample_is_admitted_or_counted() -> None:
     by_request = {(d.request, d.reason): d.completions for d in admitted.drops}
     assert by_request["2", "empty"] == by_request["2", "alone in its group"] == 1
     assert by_request["3", "reward is nan"] == by_request["0", "reward is nan"] == 1
+    # One by one they are the same, each with the one reason that is its own, and itself.
+    each = Counter((request, rejection.reason) for request, rejection in admitted.left_out)
+    assert each == by_request
+    stale = [r.trajectory for _, r in admitted.left_out if r.reason == "stale"]
+    assert stale == [groups[1].trajectories[0]]
+    assert admitted.left_out[0] == ("0", nan[0])
 
 
 def test_groups_that_teach_nothing_are_dropped_where_spread_is_needed() -> None:

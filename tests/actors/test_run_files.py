@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from actors.buffer import Group
+from actors.measurement import describe_sample
 from actors.run_files import Branch, RunFiles, next_branch
+from raylign.rewards.outcomes import Rejection, reject
 from raylign.training.batches import LearnerBatch
 from raylign.training.checkpoints import Checkpoint, commit, name_step
 from tests.training.test_batches import make_batch, same
@@ -70,10 +72,14 @@ def test_an_interrupted_rollback_is_finished_by_the_next_start(tmp_path: Path, m
 def test_groups_are_found_again_until_their_step_is_learned(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
     batch = make_batch(3)
-    files.keep_group(3, Group(batch.trajectories, ("reward is nan",), "3/7"))
-    files.keep_group(31, Group((), ("empty",), "31/0"))
+    out = reject(make_batch(4, 1).trajectories[0], "reward raised OSError", "no such file")
+    lost = Rejection("p", "3/7", "prompt lost")
+    files.keep_group(3, Group(batch.trajectories, (lost, out), "3/7"))
+    files.keep_group(31, Group((), (lost,), "31/0"))
     found = RunFiles(tmp_path).take_group("3/7")
-    assert found is not None and found.rejected == ("reward is nan",) and found.request == "3/7"
+    assert found is not None and found.rejected == (lost, out) and found.request == "3/7"
+    assert found.rejected[0].trajectory is None and found.rejected[1].trajectory is not None
+    assert describe_sample(found.rejected[1].trajectory) == describe_sample(out.trajectory)
     one = LearnerBatch(3, found.trajectories, (0, 0, 0), {})
     assert same(one, LearnerBatch(3, batch.trajectories, (0, 0, 0), {}))
     files.drop_groups(3)

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.buffer import Group, admit
 from actors.learner import LearnerReport
+from actors.measurement import describe_left_out
 from jobs.align_journal import AlignJournal
 from jobs.align_panel import draw_panel, tabulate_steps
 from jobs.align_rows import list_rollouts, spell_tokens
 from raylign.records import Prompt, Trajectory
+from raylign.rewards.outcomes import Rejection, reject
 from raylign.tracking import ProgressBoard, read_lines
 from raylign.training.batches import LearnerBatch, read_batch, write_batch
 
@@ -59,14 +62,19 @@ def make_step(step: int) -> tuple[list[Group], LearnerBatch, LearnerReport]:
         ),
         Group(
             (make_trajectory("p2", f"{step}/2", 6, 0.5),),
-            rejected=("reward raised ValueError",),
+            rejected=(
+                reject(
+                    make_trajectory("p2", f"{step}/2", 9, None), "reward raised ValueError", "9?"
+                ),
+                Rejection("p2", f"{step}/2", "prompt lost", "two workers died of it"),
+            ),
             request=f"{step}/2",
         ),
     ]
     admitted = admit(groups, needs_groups=True, needs_spread=True, version=4, max_staleness=1)
-    drops = [[drop.request, drop.reason, drop.completions] for drop in admitted.drops]
+    record = {"left_out": describe_left_out(admitted.left_out)}
     scaled = tuple(replace(t, reward=2 * (t.reward or 0)) for t in admitted.trajectories)
-    batch = LearnerBatch(step, scaled, admitted.groups, {}, {"drops": drops})
+    batch = LearnerBatch(step, scaled, admitted.groups, {}, record)
     gap = np.array([math.nan, math.nan, 1e-6, math.nan, -3e-6], np.float32)
     report = LearnerReport(
         metrics={},
@@ -75,6 +83,7 @@ def make_step(step: int) -> tuple[list[Group], LearnerBatch, LearnerReport]:
         gaps={1: gap},
         start=0.0,
         end=1.0,
+        token_advantages={1: np.array([0, 0, 0.25, 0, -1.0], np.float32)},
     )
     return groups, batch, report
 
@@ -100,13 +109,17 @@ def test_every_completion_has_a_row_and_its_fate() -> None:
         ("2/0", "<5>", None, -1.0),
         ("2/1", "<4>", "no spread", None),
         ("2/1", "<4>", "no spread", None),
-        ("2/2", "<6>", "reward raised ValueError, alone in its group", None),
-        ("2/2", None, "reward raised ValueError", None),
+        ("2/2", "<9>", "reward raised ValueError", None),
+        ("2/2", None, "prompt lost", None),
+        ("2/2", "<6>", "alone in its group", None),
     ]
     first = rows[0]
     assert first["prompt"] == "what is 0?" and first["reference"] == "0"
     assert (first["reward"], first["parts"], first["versions"]) == (2.0, {"correct": 1.0}, [3, 4])
     assert (first["worker"], first["turns"], first["sampled_tokens"]) == ("rollout-0", 1, 2)
+    assert all({"worker", "versions", "prompt"} <= row.keys() for row in rows if row["completion"])
+    assert rows[4]["detail"] == "9?" and rows[4]["versions"] == [3, 4]
+    assert rows[5]["prompt"] == "what is 2?" and rows[5]["detail"] == "two workers died of it"
     assert first["mismatch"] is None and rows[1]["mismatch"] == pytest.approx(2e-6)
     assert rows[1]["tokens"] == {
         "ids": [5, 7, 8],
@@ -114,7 +127,9 @@ def test_every_completion_has_a_row_and_its_fate() -> None:
         "sampled": [1, 0, 1],
         "logprobs": [-0.5, None, -0.25],
         "gaps": [1e-6, None, -3e-6],
+        "advantages": [0.25, None, -1.0],
     }
+    assert "advantages" not in rows[0]["tokens"]  # its tokens have all the same
     assert "gaps" not in rows[0]["tokens"]  # not in the mismatch sample
     json.dumps(rows, allow_nan=False)
 
@@ -126,9 +141,35 @@ def test_rows_are_the_same_for_a_batch_from_the_disk(tmp_path: Path) -> None:
     assert again is not None
     rows = list_rollouts(2, 4, groups, batch, report, PROMPTS)
     assert list_rollouts(2, 4, groups, again, report, PROMPTS) == rows
-    # And without the groups, the batch still says what was learned from.
+    # And without the groups, which a restarted run does not have, it still says all.
     alone = list_rollouts(2, 4, [], again, report, PROMPTS)
-    assert [row["completion"] for row in alone] == ["<4>", "<5>"]
+    assert sorted(map(str, alone)) == sorted(map(str, rows))
+
+
+def test_what_was_made_and_never_learned_from_says_why(tmp_path: Path) -> None:
+    with open_bar() as (bar, _):
+        journal = AlignJournal(tmp_path, bar, PROMPTS)
+        run_steps(journal, range(3))
+        journal.unlearned(3, 4, make_step(3)[0], "rolled back")
+        journal.rewind(1, "rolled back")
+        run_steps(journal, range(1, 3))
+        journal.rewind(2)  # a restart: it will all come again, but for what was undone
+        run_steps(journal, range(2, 3))
+        journal.close()
+    rows = read_lines(tmp_path / "rollouts.jsonl")
+    undone = [row for row in rows if row.get("undone")]
+    assert Counter(row["step"] for row in rows if not row.get("undone")) == {0: 7, 1: 7, 2: 7}
+    assert Counter(row["step"] for row in undone) == {1: 7, 2: 7, 3: 7}
+    assert {row["left_out"] for row in undone} == {"rolled back"}
+    details = {row.get("detail") for row in undone if row["step"] == 2}
+    assert {None, "no spread", "reward raised ValueError; 9?"} <= details
+    assert {row["completion"] for row in undone if row["step"] == 3} == {
+        "<4>",
+        "<5>",
+        "<6>",
+        "<9>",
+        None,
+    }
 
 
 def test_what_is_not_a_number_is_left_empty() -> None:
@@ -167,7 +208,7 @@ def test_files_hold_what_was_said_and_nothing_of_what_was_undone(tmp_path: Path)
     metrics, rollouts = (read_lines(tmp_path / f"{n}.jsonl") for n in ("metrics", "rollouts"))
     assert [row["step"] for row in metrics] == [0, 1, 2, 3]
     assert metrics[0]["tokens_per_second"] == 2.0
-    assert [row["step"] for row in rollouts] == [step for step in range(4) for _ in range(6)]
+    assert [row["step"] for row in rollouts] == [step for step in range(4) for _ in range(7)]
     assert {row["step"] for row in rollouts if "tokens" in row} == {0, 2, 3}  # 3: the last
     examples = read_lines(tmp_path / "examples.jsonl")
     assert [row["step"] for row in examples] == [0, 0, 2, 2, 3, 3]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -34,6 +34,8 @@ class Rejection:
     """One of few, to be counted: `reward raised ValueError`, `reward is nan`, ..."""
     detail: str = ""
     """What the exception said, at most 200 characters."""
+    trajectory: Trajectory | None = field(default=None, compare=False, repr=False)
+    """Itself, to be looked at; None where nothing was sampled."""
 
 
 Measured = dict[str, float] | Rejection
@@ -50,7 +52,7 @@ class Scored:
 
 def reject(trajectory: Trajectory, reason: str, detail: str = "") -> Rejection:
     """The rejection of `trajectory`."""
-    return Rejection(trajectory.prompt_id, trajectory.group_id, reason, detail[:200])
+    return Rejection(trajectory.prompt_id, trajectory.group_id, reason, detail[:200], trajectory)
 
 
 def read_value(trajectory: Trajectory, value: Any, what: str = "reward") -> Measured:

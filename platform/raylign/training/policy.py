@@ -33,6 +33,9 @@ from raylign.training.minibatches import Share
 from raylign.training.mismatch import find_current_gaps, find_past_gaps, measure_gaps
 from raylign.training.policy_scores import PolicyScores
 
+SHOWN_ROWS = 16
+"""Of a batch, of which it is told how much each token counts; more where more are compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -78,6 +81,9 @@ class Learned:
     gaps: dict[int, np.ndarray]
     """float32 [T] of sampled rows: learner's minus rollout worker's log-prob at the version that
     sampled the token; NaN where that is not known."""
+    token_advantages: dict[int, np.ndarray]
+    """float32 [T] of the first rows of the batch, where they are not the same on every trained
+    token; 0 on others."""
 
     @property
     def mismatch_max(self) -> float:
@@ -131,7 +137,9 @@ class PolicyLearner:
         metrics = merge(step.learn())
         gaps = step.compare()
         metrics |= measure_gaps(gaps, trajectories, share.rows)
-        learned = Learned(metrics | step.measured, step.list_advantages(), gaps)
+        learned = Learned(
+            metrics | step.measured, step.list_advantages(), gaps, step.show_advantages()
+        )
         self.version += 1
         return learned
 
@@ -229,6 +237,16 @@ class _Step:
             row: total / count if count else 0.0
             for row, total, count in zip(self._share.rows, sums, tokens, strict=True)
         }
+
+    def show_advantages(self) -> dict[int, np.ndarray]:
+        """Of each token, in rows to be looked at; see `Learned`."""
+        shown = {}
+        for row, index in self._local.items():
+            trained = self._batch.advantages[index][self._batch.loss_mask[index]]
+            if row < max(self._method.sample, SHOWN_ROWS) and len(trained.unique()) > 1:
+                length = len(self._trajectories[index].token_ids)
+                shown[row] = self._batch.advantages[index, :length].cpu().numpy()
+        return shown
 
     def _fill(self, score: Callable[[Batch | None], torch.Tensor | None]) -> torch.Tensor:
         """[b, T] of all own rows, a micro-batch at a time; every rank as often."""
