@@ -86,7 +86,7 @@ class JudgePool:
         self._config, self._seed = config, seed
         self._directory = directory / "judge"
         self._tempo = tempo or Tempo()
-        self._rubric = load_rubric(config.rubric, config.compare, config.scale)
+        self._rubric = load_rubric(config.rubric, config.compare, config.scale, config.brief)
         self._tally = JudgeTally()
         self._source: JudgeEndpoint | JudgeWorkers
         if config.endpoint is not None:

@@ -8,7 +8,7 @@ from raylign.config.alignment import (
     LearnerConfig,
     SinksConfig,
 )
-from raylign.config.comparing import CompareConfig
+from raylign.config.comparing import CompareConfig, VerdictsConfig
 from raylign.config.corpus import PrepareConfig
 from raylign.config.decontamination import DecontaminateConfig, EvaluationSetConfig
 from raylign.config.dedup import DedupConfig, LinesConfig, SubstringConfig
@@ -109,6 +109,7 @@ __all__ = [
     "TuneConfig",
     "UserError",
     "ValueConfig",
+    "VerdictsConfig",
     "WorkersConfig",
     "change",
     "check_warmup",

@@ -6,9 +6,24 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from raylign.config.rewarding import JudgeConfig, RewardConfig
+from raylign.config.rewarding import JudgeConfig, QuestionConfig, RewardConfig
 from raylign.config.rollouts import RolloutConfig, SamplingConfig
 from raylign.config.section import Count, Section
+
+
+class VerdictsConfig(QuestionConfig):
+    """Demonstrations to train a judge with: the question about each completion, or pair of them,
+    and the verdict that its reward stands for. `align.judge` asks a judge that learnt from them the
+    same way with the same keys and `brief: true`."""
+
+    scale: tuple[int, int] = (0, 1)
+    """Marks of the rewards 0 and 1; those between get the nearest."""
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> VerdictsConfig:
+        if self.compare and "scale" in self.model_fields_set:
+            raise ValueError("scale has no effect with compare=true; leave it out")
+        return self
 
 
 class CompareConfig(Section):
@@ -26,6 +41,8 @@ class CompareConfig(Section):
     """Pairs a prompt, at most: the best with the worst, the next best with the next worst."""
     least_gap: float = Field(default=0.0, ge=0)
     """The two rewards of a pair differ by more than this."""
+    verdicts: VerdictsConfig | None = None
+    """Write demonstrations for a judge too."""
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()

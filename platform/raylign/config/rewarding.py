@@ -121,7 +121,25 @@ class RewardConfig(Section):
         return self.source == source
 
 
-class JudgeConfig(Section):
+class QuestionConfig(Section):
+    """What a judge is asked of completions."""
+
+    compare: bool = False
+    """Compare the completions of a prompt in pairs; score each by itself when false."""
+    rubric: str = "helpful"
+    """Name of a rubric, or a text that says what is good, or its file: with {prompt}, {completion}
+    (compare: {first}, {second}) and, where wanted, {reference}."""
+    scale: tuple[int, int] = (1, 10)
+    """Lowest and highest mark; brought to 0..1."""
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> QuestionConfig:
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale={list(self.scale)}: give the lowest mark first")
+        return self
+
+
+class JudgeConfig(QuestionConfig):
     """A language model that scores or compares completions (RLAIF)."""
 
     model: Path | None = None
@@ -132,13 +150,9 @@ class JudgeConfig(Section):
     """Name of the model there."""
     key_file: Path | None = None
     """File that holds the endpoint's API key; never a key itself."""
-    compare: bool = False
-    """Compare the completions of a prompt in pairs; score each by itself when false."""
-    rubric: str = "helpful"
-    """Name of a rubric, or a text file that says what is good, with {prompt}, {completion}
-    (compare: {first}, {second}) and, where wanted, {reference}."""
-    scale: tuple[int, int] = (1, 10)
-    """Lowest and highest mark; brought to 0..1."""
+    brief: bool = False
+    """Ask with the rubric and the texts alone, and for a verdict without its reason: for a model
+    that learnt to judge from the demonstrations of `compare.verdicts`."""
     both_orders: bool = True
     """compare: judge each pair in both orders; verdicts that contradict each other are a tie."""
     pairs: int = Field(default=0, ge=0)
@@ -174,6 +188,4 @@ class JudgeConfig(Section):
             raise ValueError("endpoint and endpoint_model go together")
         if self.key_file is not None and self.endpoint is None:
             raise ValueError("key_file has no effect without endpoint")
-        if self.scale[0] >= self.scale[1]:
-            raise ValueError(f"scale={list(self.scale)}: give the lowest mark first")
         return self

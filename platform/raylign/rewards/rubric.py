@@ -103,6 +103,8 @@ class Rubric:
     """With places for the texts; everything else of a question is the same for all rubrics."""
     compare: bool
     scale: tuple[int, int]
+    brief: bool = False
+    """Without a word on fences and on the form of the verdict, which has no reason."""
 
     @property
     def needs_reference(self) -> bool:
@@ -136,7 +138,7 @@ class Rubric:
         low, high = self.scale
         form = _COMPARE_FORM if self.compare else _SCORE_FORM.format(low=low, high=high)
         body = _PLACE.sub(place, self.template)
-        return "\n\n".join([_PREFACE.format(code=code), body, form])
+        return body if self.brief else "\n\n".join([_PREFACE.format(code=code), body, form])
 
     def schema(self, longest: int | None = None) -> dict[str, Any]:
         """JSON schema of a verdict, for servers that can hold a model to one; `longest` bounds the
@@ -144,20 +146,20 @@ class Rubric:
         low, high = self.scale
         mark: dict[str, Any] = {"type": ["integer", "null"], "enum": [*range(low, high + 1), None]}
         choice = {"type": "string", "enum": ["first", "second", "tie", "abstain"]}
-        verdict = {"better": choice} if self.compare else {"score": mark}
-        reason: dict[str, Any] = {"type": "string"}
-        if longest is not None:
-            reason["maxLength"] = longest
+        verdict: dict[str, Any] = {"better": choice} if self.compare else {"score": mark}
+        if not self.brief:
+            reason = {"type": "string"} | ({} if longest is None else {"maxLength": longest})
+            verdict = {"reason": reason} | verdict
         return {
             "type": "object",
-            "properties": {"reason": reason} | verdict,
-            "required": ["reason", *verdict],
+            "properties": verdict,
+            "required": [*verdict],
             "additionalProperties": False,
         }
 
     def identity(self) -> str:
         """Hash of everything that its questions are made of, but the texts."""
-        return hash_json([self.template, self.compare, self.scale])
+        return hash_json([self.template, self.compare, self.scale, self.brief])
 
 
 def remind(question: str, fault: str) -> str:
@@ -175,31 +177,38 @@ def break_controls(text: str, pattern: re.Pattern[str] | None = None) -> str:
     return text
 
 
-def load_rubric(given: str, compare: bool, scale: tuple[int, int]) -> Rubric:
-    """The rubric of that name, or that a text file describes.
+def load_rubric(
+    given: str,
+    compare: bool,
+    scale: tuple[int, int],
+    brief: bool = False,
+    where: str = "align.judge.rubric",
+) -> Rubric:
+    """The rubric of that name, the one that a text with places says, or that its file does.
 
-    Raises `UserError` naming `align.judge.rubric` for a name that is none, a file that cannot be
-    read, a placeholder that is unknown or of the other mode, or one that is missing.
+    Raises `UserError` naming the key `where` for a name that is none, a file that cannot be read, a
+    placeholder that is unknown or of the other mode, or one that is missing.
     """
     if given in RUBRICS:
-        return Rubric(given, _frame(given, compare), compare, scale)
+        return Rubric(given, _frame(given, compare), compare, scale, brief)
+    if any(match[2] for match in _PLACE.finditer(given)):
+        _check_places(given, compare, where)
+        return Rubric("given", given.strip(), compare, scale, brief)
     file = Path(given)
     if not file.is_file():
         close = difflib.get_close_matches(given.lower(), RUBRICS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"align.judge.rubric={given!r}: no such rubric and no such file; {hint}choose from "
+            f"{where}={given!r}: no such rubric and no such file; {hint}choose from "
             f"{', '.join(RUBRICS)}, or give a text file"
         )
     try:
         template = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(
-            f"align.judge.rubric={given} cannot be read ({reason}); correct the path"
-        ) from None
-    _check_places(template, compare, f"align.judge.rubric={given}")
-    return Rubric(file.stem, template, compare, scale)
+        raise UserError(f"{where}={given} cannot be read ({reason}); correct the path") from None
+    _check_places(template, compare, f"{where}={given}")
+    return Rubric(file.stem, template, compare, scale, brief)
 
 
 def _frame(name: str, compare: bool) -> str:
