@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 PROMPT = Prompt("p", (5, 6, 7), "w1 w2 w3", "")
 POISON = Prompt("poison", (50, 6, 7), "w46 w2 w3", "")
 SHORT = Sampling(max_tokens=8)
-STALL_S, TRANSFER_S = 4.0, 8.0
+STALL_S, TRANSFER_S = 12.0, 12.0  # two cores that others use, too, are silent for seconds
 
 
 class ProbeWorker(RolloutWorker):
@@ -208,8 +208,8 @@ def test_a_stopped_process_and_a_stuck_engine_are_told_by_their_pulse(stage: Sta
         os.kill(await stage.handles[stopped].pid.remote(), signal.SIGSTOP)
         assert [len(r.trajectories) for r in await work] == [2] * 4
         reasons = stage.losses()
-        assert any(r.startswith(f"{stopped}: silent for 4 s") for r in reasons)
-        assert any(r.startswith(f"{stuck}: no token in 4 s, with ") for r in reasons)
+        assert any(r.startswith(f"{stopped}: silent for {STALL_S:g} s") for r in reasons)
+        assert any(r.startswith(f"{stuck}: no token in {STALL_S:g} s, with ") for r in reasons)
 
     stage.play(scenario)
 
