@@ -20,6 +20,8 @@ from raylign.config import UserError
 from raylign.run import write_json
 
 CONTROL = ".control"
+OPEN = "open.json"
+"""Which attempt listens; of one that was killed it stays until the next one listens."""
 POLL_S = 0.2
 
 
@@ -48,6 +50,7 @@ class ControlDesk:
         self._directory.mkdir(parents=True, exist_ok=True)
         for file in self._directory.iterdir():  # of an earlier attempt: nobody waits for them
             file.unlink()
+        write_json(self._directory / OPEN, {"id": uuid.uuid4().hex})
 
     def take(self) -> list[Wish]:
         """Wishes that have come in, oldest first; each is given once."""
@@ -64,16 +67,20 @@ class ControlDesk:
 
 
 def ask(stage: Path, wish: Wish, deadline_s: float) -> Answer:
-    """Put a wish to the run that makes `stage`, and wait for its answer.
+    """Put a wish to the run that makes `stage`, and wait for its answer; also for one that is still
+    starting, or starts again meanwhile.
 
     Raises `UserError` when no run is making it, or it does not answer in time.
     """
     if not is_running(stage):
         raise UserError(f"no run is working on {stage}; start it, or give its run directory")
-    write_json(stage / CONTROL / f"wish-{wish.id}.json", asdict(wish))
+    asked = stage / CONTROL / f"wish-{wish.id}.json"
     answered = stage / CONTROL / f"answer-{wish.id}.json"
-    end = time.monotonic() + deadline_s
+    end, told = time.monotonic() + deadline_s, None
     while time.monotonic() < end:
+        if (listener := _find_listener(stage)) != told:
+            write_json(asked, asdict(wish))
+            told = listener
         if answered.is_file():
             found = Answer(**json.loads(answered.read_text(encoding="utf-8")))
             answered.unlink()
@@ -81,17 +88,24 @@ def ask(stage: Path, wish: Wish, deadline_s: float) -> Answer:
         if not is_running(stage):
             raise UserError(f"the run on {stage} ended before it answered")
         time.sleep(POLL_S)
-    (stage / CONTROL / f"wish-{wish.id}.json").unlink(missing_ok=True)
+    asked.unlink(missing_ok=True)
     raise UserError(
         f"the run on {stage} has not answered within {deadline_s:.0f} s; it may still be starting "
         "workers: look at its events.jsonl"
     )
 
 
+def _find_listener(stage: Path) -> str | None:
+    """The attempt that listens, or listened last."""
+    try:
+        found: str = json.loads((stage / CONTROL / OPEN).read_text(encoding="utf-8"))["id"]
+    except FileNotFoundError:
+        return None
+    return found
+
+
 def is_running(stage: Path) -> bool:
-    """Whether a process is making `stage`, and listens."""
-    if not (stage / CONTROL).is_dir():
-        return False
+    """Whether a process is making `stage`."""
     try:
         descriptor = os.open(stage, os.O_RDONLY)
     except FileNotFoundError:

@@ -31,10 +31,9 @@ from actors.learner import LearnerReport
 from actors.learner_rank import resolve_algorithm
 from actors.ledger import LEDGER_FILE, NOTHING_SETTLED, Ledger, Totals
 from actors.measurement import describe_left_out, measure_step, regroup
-from actors.placement import place_rollout, require_room
 from actors.rollout_pool import RolloutPool
 from actors.run_files import Branch, RunFiles, Start, next_branch
-from actors.scaling import Balance
+from actors.scaling import FleetScaling
 from actors.weights import WeightManifest
 from actors.wishes import grant_wishes
 from raylign.algorithms.kl import AdaptiveKL
@@ -84,7 +83,8 @@ class Controller:
         target, horizon = config.algorithm.kl_target, config.algorithm.kl_horizon
         self._kl_coef = coefficients.kl_coef
         self._kl = None if target is None else AdaptiveKL(coefficients.kl_coef, target, horizon)
-        self._guard, self._balance = Guard(config.guard), Balance(config.scaling)
+        self._guard = Guard(config.guard)
+        self._scaling = FleetScaling(config.scaling, config.rollout, crew.rollouts, journal)
         self._branch = Branch()
         self._step = self._told = 0
         self.summary: dict[str, Any] = {}
@@ -106,7 +106,7 @@ class Controller:
         for batch, report in again:
             self._tell_again(batch, report)
         await self._crew.rollouts.start(manifest)
-        pools = {"rollouts": self._scale_rollouts, **self._crew.scorer.scalable}
+        pools = {"rollouts": self._scaling.scale, **self._crew.scorer.scalable}
         wishes = asyncio.create_task(grant_wishes(self._files.stage, pools, self._journal))
         try:
             self._dispatcher.begin_at(self._step, self._branch)
@@ -202,7 +202,7 @@ class Controller:
         self._journal.step(step, metrics)
         if await self._watch(step, metrics):
             await self._save()
-            await self._rebalance(metrics)
+            self._scaling.rebalance(metrics)
 
     async def _publish(self) -> None:
         """The new version goes to the rollout workers; with staleness, while learning goes on."""
@@ -374,26 +374,3 @@ class Controller:
         await self._crew.rollouts.publish(manifest)
         self._dispatcher.begin_at(target, self._branch)
         self._dispatcher.allow(target)
-
-    async def _rebalance(self, metrics: Mapping[str, float]) -> None:
-        """Another number of rollout workers, where waiting says so; others go on meanwhile."""
-        now = len(self._crew.rollouts.names)
-        waited, idle = metrics["wait/trainer"], metrics["wait/generator"]
-        wanted = self._balance.advise(now, waited, idle, metrics["step_seconds"])
-        if wanted != now:
-            try:
-                self._require_room(wanted)
-            except UserError as error:
-                self._journal.event(what="no room", role="rollouts", text=str(error))
-                return
-            self._journal.event(what="scale", role="rollouts", count=wanted, before=now)
-            self._crew.rollouts.scale_soon(wanted)
-
-    def _require_room(self, count: int) -> None:
-        more = count - len(self._crew.rollouts.names)
-        if more > 0:
-            require_room(place_rollout(self._config.rollout), more, "align.rollout")
-
-    async def _scale_rollouts(self, count: int) -> str:
-        self._require_room(count)
-        return await self._crew.rollouts.scale(count)

@@ -32,16 +32,7 @@ def place(config: AlignConfig) -> Placement:
     """
     judges = config.judge.rollout
     judged = judges.count if config.judge.model is not None else 0
-    wanted = {
-        "CPU": config.rollout.count * config.rollout.cpus
-        + config.reward.count * config.reward.cpus
-        + config.learner.count * config.learner.cpus
-        + judged * judges.cpus,
-        "GPU": config.rollout.count * config.rollout.gpus
-        + config.reward.count * config.reward.gpus
-        + config.learner.count * config.learner.gpus
-        + judged * judges.gpus,
-    }
+    wanted = count_resources(config)
     present = ray.cluster_resources()
     for kind, amount in wanted.items():
         if amount > present.get(kind, 0.0) + 1e-9:
@@ -62,6 +53,22 @@ def place(config: AlignConfig) -> Placement:
         },
         judge=place_rollout(judges),
     )
+
+
+def count_resources(config: AlignConfig) -> dict[str, float]:
+    """CPUs and GPUs that all actors of a run take."""
+    judges = config.judge.rollout
+    judged = judges.count if config.judge.model is not None else 0
+    return {
+        "CPU": config.rollout.count * config.rollout.cpus
+        + config.reward.count * config.reward.cpus
+        + config.learner.count * config.learner.cpus
+        + judged * judges.cpus,
+        "GPU": config.rollout.count * config.rollout.gpus
+        + config.reward.count * config.reward.gpus
+        + config.learner.count * config.learner.gpus
+        + judged * judges.gpus,
+    }
 
 
 def choose_route(config: AlignConfig) -> str:

@@ -125,6 +125,10 @@ class IdleClock:
         self._in_flight = in_flight
 
     def take(self) -> float:
-        """Since it was last asked; of stretches that are over."""
+        """Since it was last asked."""
+        if self._since is not None:
+            now = time.monotonic()
+            self._seconds += now - self._since
+            self._since = now
         seconds, self._seconds = self._seconds, 0.0
         return seconds

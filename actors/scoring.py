@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
+from actors.placement import place_reward, require_room
 from actors.reward import RewardPool, Scores
 from raylign.config import RewardConfig
 from raylign.records import Prompt, Trajectory
@@ -97,7 +98,7 @@ class CompositeScorer:
         """What changes the number of workers, by role."""
         found: dict[str, Callable[[int], Coroutine[Any, Any, str]]] = {}
         if self._workers is not None:
-            found["rewards"] = self._workers.scale
+            found["rewards"] = self._scale_workers
         if self._judge is not None:
             found["judges"] = self._judge.scale
         return found
@@ -115,6 +116,13 @@ class CompositeScorer:
         for pool in (self._workers, self._judge):
             if pool is not None:
                 pool.stop()
+
+    async def _scale_workers(self, count: int) -> str:
+        assert self._workers is not None, "else nobody is told of it"
+        more = count - self._workers.count
+        if more > 0:
+            require_room(place_reward(self._config), more, "align.reward")
+        return await self._workers.scale(count)
 
     async def _measure(
         self, trajectories: tuple[Trajectory, ...], prompt: Prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,22 @@ def test_silence_ends_at_the_deadline_and_the_wish_is_withdrawn(stage: Path) -> 
     with pytest.raises(UserError, match="has not answered within 0 s"):
         ask(stage, Wish({"rollouts": 1}), 0.3)
     assert desk.take() == []
+
+
+def test_a_wish_waits_for_the_attempt_that_listens(stage: Path) -> None:
+    """A run that is starting, and one that starts again after it was killed."""
+    for _ in range(2):
+        seen = list[Wish]()
+
+        def listen(seen: list[Wish] = seen) -> None:
+            time.sleep(0.5)
+            serve(ControlDesk(stage), 1, seen)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        assert ask(stage, Wish({"rollouts": 4}), 10.0) == Answer(True, "now 4")
+        thread.join()
+        assert len(seen) == 1
 
 
 def test_old_wishes_are_not_granted_to_a_new_attempt(stage: Path) -> None:

@@ -158,3 +158,8 @@ def test_idle_seconds_are_those_between_requests(monkeypatch: pytest.MonkeyPatch
         now[0] = at
         clock.count(in_flight)
     assert clock.take() == 2.5 and clock.take() == 0.0
+    for at, in_flight in ((9, 0), (10, None), (12, 1)):  # a stretch that goes on counts, too
+        now[0] = at
+        if in_flight is not None:
+            clock.count(in_flight)
+        assert clock.take() == {9: 0.0, 10: 1.0, 12: 2.0}[at]

@@ -19,12 +19,15 @@ def test_it_follows_who_waits() -> None:
     assert [balance.advise(3, 9.0, 0.0, 10.0) for _ in range(2)] == [3, 3]  # nor above the most
 
 
+def test_waiting_for_rewards_adds_nobody() -> None:
+    """Slow scoring makes both wait: the learner all the time, workers when they have sampled."""
+    config = ScalingConfig(policy="balance", every_steps=1)
+    assert Balance(config).advise(3, 9.5, 9.0, 10.0) == 2  # two would be idle most of the time, too
+    assert Balance(config).advise(2, 9.5, 6.0, 10.0) == 2  # one would be busy most of the time
+    assert Balance(config).advise(1, 9.5, 4.0, 10.0) == 2
+
+
 def test_long_steps_count_for_more() -> None:
     balance = Balance(ScalingConfig(policy="balance", every_steps=2, learner_waits=0.5))
     balance.advise(1, 1.0, 0.0, 1.0)
     assert balance.advise(1, 0.0, 0.0, 9.0) == 1  # a tenth of the time in all
-
-
-def test_a_fixed_fleet_stays() -> None:
-    balance = Balance(ScalingConfig())
-    assert [balance.advise(2, 9.0, 0.0, 10.0) for _ in range(9)] == [2] * 9
