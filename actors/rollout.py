@@ -22,9 +22,7 @@ from ray.actor import ActorHandle
 
 from actors.weights import SyncProof, WeightManifest, adopt_weights
 from raylign.config import EnvironmentConfig, RolloutConfig
-from raylign.environments.rendering import TurnRenderer
-from raylign.environments.responding import EnvironmentResponder
-from raylign.environments.source import load_environment
+from raylign.environments.responding import plan_answers
 from raylign.inference.episode import Episode
 from raylign.inference.generator import AdapterForm, Sampling, build_generator
 from raylign.inference.serving import GeneratorLoop, Request
@@ -115,10 +113,9 @@ class RolloutWorker:
     ) -> None:
         """adapter: what the versions of the policy come as, if they do not come whole."""
         self._name = name
-        self._environment = environment
+        self._respond = None
         if environment is not None and environment.source is not None:
-            self._make = load_environment(environment.source, environment.options)
-            self._renderer = TurnRenderer(load_tokenizer(model))
+            self._respond = plan_answers(environment, load_tokenizer(model), "align.environment")
         generator = build_generator(
             config.backend,
             model,
@@ -192,12 +189,7 @@ class RolloutWorker:
 
     def _to_request(self, errand: Errand) -> Request:
         request, prompt = errand.request, errand.request.prompt
-        environment = self._environment
-        respond = None
-        if environment is not None and environment.source is not None:
-            respond = partial(
-                EnvironmentResponder, self._make, prompt, self._renderer, environment.max_turns
-            )
+        respond = None if self._respond is None else partial(self._respond, prompt)
         return Request(prompt.token_ids, request.sampling, request.count, respond, errand.begun)
 
     def _finish(self, errand: Errand, start: float, future: Future[tuple[Episode, ...]]) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import ray
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from jobs.entry import locate, main, model_directory, perform, section
 from raylign.config import EvaluateConfig, Recipe, UserError
+from raylign.evaluation.episodes import evaluate_episodes
 from raylign.evaluation.pairing import compare_models
-from raylign.evaluation.tasks import LOCAL_TASKS, write_tasks
-from raylign.inference.generator import build_generator
+from raylign.evaluation.tasks import EPISODES, LOCAL_TASKS, write_tasks
+from raylign.inference.generator import Generator, build_generator
 from raylign.models.loading import load_config, load_tokenizer
 from raylign.run import Draft, Run, content_hash, write_json
 from raylign.runtime import derive_seed, worker_env
@@ -132,9 +134,6 @@ def evaluate_directory(
     model: Path, corpus: Path | None, config: EvaluateConfig, seed: int
 ) -> Results:
     """Serve one model directory and ask it every task; the body of a worker."""
-    # lm-eval takes seconds to import, and only workers need it.
-    from raylign.evaluation.harness import evaluate_model
-
     context = int(load_config(model).max_position_embeddings)
     max_length = min(config.max_length, context)
     if config.max_tokens >= max_length:
@@ -153,26 +152,57 @@ def evaluate_directory(
         threads=config.threads,
         seed=seed,
     )
+    found: Results = {"metrics": {}, "higher_is_better": {}, "documents": {}}
+    try:
+        if set(config.tasks) != {EPISODES}:
+            _merge(found, _ask_tasks(generator, tokenizer, corpus, config, max_length, seed))
+        if EPISODES in config.tasks:
+            assert corpus is not None  # it is looked for wherever one of its tasks is asked
+            own = config.environment
+            more = evaluate_episodes(
+                generator, tokenizer, corpus, own, config.limit, max_tokens=config.max_tokens
+            )
+            _merge(found, more)
+    finally:
+        generator.close()
+    return found
+
+
+def _ask_tasks(
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Path | None,
+    config: EvaluateConfig,
+    max_length: int,
+    seed: int,
+) -> Results:
+    """What lm-eval makes of its own tasks and of those that are made from `corpus`."""
+    # lm-eval takes seconds to import, and only workers need it.
+    from raylign.evaluation.harness import evaluate_model
+
+    names = [name for name in config.tasks if name != EPISODES]
     with tempfile.TemporaryDirectory(prefix="raylign-tasks-") as directory:
         paths = [] if config.task_path is None else [config.task_path]
         if corpus is not None:
-            write_tasks(config.tasks, corpus, Path(directory), config.max_tokens)
+            write_tasks(names, corpus, Path(directory), config.max_tokens)
             paths.append(Path(directory))
-        try:
-            return evaluate_model(
-                generator,
-                tokenizer,
-                config.tasks,
-                paths,
-                config.limit,
-                chat=config.chat,
-                max_length=max_length,
-                max_tokens=config.max_tokens,
-                seed=seed,
-                offline=config.offline,
-            )
-        finally:
-            generator.close()
+        return evaluate_model(
+            generator,
+            tokenizer,
+            names,
+            paths,
+            config.limit,
+            chat=config.chat,
+            max_length=max_length,
+            max_tokens=config.max_tokens,
+            seed=seed,
+            offline=config.offline,
+        )
+
+
+def _merge(found: Results, more: Mapping[str, Any]) -> None:
+    for kind, by_task in found.items():
+        by_task.update(more[kind])
 
 
 def _check_cluster(config: EvaluateConfig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from raylign.config.rollouts import EnvironmentConfig
 from raylign.config.section import Section
 
 Count = Annotated[int, Field(ge=1)]
@@ -18,7 +19,10 @@ class EvaluateConfig(Section):
     models: dict[str, Path] = Field(default={})
     """Name to directory; the run's own `pretrain`, `sft` and `align` stages when empty."""
     tasks: tuple[str, ...] = ("arithmetic", "english")
-    """lm-eval task names; `arithmetic` and `english` are made from the run's held-out data."""
+    """lm-eval task names; `arithmetic` and `english` are made from the run's held-out data, and so
+    is `episodes`: the arithmetic, answered turn by turn in `environment`."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """tasks=episodes: what answers the model between its turns."""
     task_path: Path | None = None
     """Directory with further lm-eval task files."""
     limit: int | None = Field(default=None, ge=1)
@@ -49,3 +53,13 @@ class EvaluateConfig(Section):
     """Threads of a CPU worker."""
     deadline_s: float = Field(default=3600.0, gt=0)
     """A model that is not through by then fails the job."""
+
+    @model_validator(mode="after")
+    def _check_environment(self) -> EvaluateConfig:
+        if "episodes" in self.tasks and self.environment.source is None:
+            raise ValueError("tasks=episodes: give environment.source")
+        if "episodes" not in self.tasks and self.environment.source is not None:
+            raise ValueError("environment has no effect unless tasks has episodes")
+        if "episodes" in self.tasks and not self.chat:
+            raise ValueError("tasks=episodes: turns need the chat template; leave chat out")
+        return self

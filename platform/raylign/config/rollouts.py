@@ -67,6 +67,8 @@ class EnvironmentConfig(Section):
     """An environment's name, or `module:factory`; completions have one turn when not given."""
     max_turns: Count = 4
     """Turns of the policy before the episode is cut off."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """Longest answer; after that the episode is set aside, and never scored."""
     options: dict[str, Value] = Field(default={})
     """Keyword arguments of the factory."""
 

@@ -21,6 +21,9 @@ class TextbookConfig(Section):
     exercise_worked_share: tuple[Share, ...] = (0.9, 0.75, 0.25)
     """Share of demonstrations that show their working, by digits of the larger operand; the last
     entry serves all longer ones."""
+    exercise_tool_share: tuple[Share, ...] = (0.0,)
+    """Share of demonstrations that call a calculator, by digits of the larger operand; the last
+    entry serves all longer ones. The shares above are of the others."""
     prompts: int = Field(default=4000, ge=0)
     """Questions for reinforcement learning."""
     held_out: Count = 600

@@ -1,4 +1,4 @@
-"""Arithmetic with a tool: `<tool>12*34</tool>` is answered with `408`."""
+"""Arithmetic with a tool: `<calculator>12*34</calculator>` is answered with `408`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from raylign.records import Prompt
 LONGEST_EXPRESSION = 64
 LARGEST_NUMBER = 10**18
 
-_CALL = re.compile(r"<tool>(.*?)</tool>", re.DOTALL)
-_TOKEN = re.compile(r"\s*(\d+|[-+*()])")
+_OPENING = "<calculator>"
+_CALL = re.compile(r"<calculator>(.*?)</calculator>", re.DOTALL)
+_TOKEN = re.compile(r"\s*(\d+|[-+*/()])")
 _NUMBER = re.compile(r"-?\d+")
 
 
 class Calculator:
     """A turn's last call is worked out and its result shown; a turn without one ends the episode,
-    with reward 1 where its last number is the prompt's reference, else 0."""
+    with reward 1 where its last number is the prompt's reference, else 0.
+
+    What is shown depends on the call alone. A call is written as the plain chat template writes one
+    of a tool called `calculator`, so that demonstrations of it teach this form.
+    """
 
     def __init__(self, call_penalty: float = 0.0) -> None:
         """`call_penalty` is taken off for every call that cannot be worked out."""
@@ -28,23 +33,25 @@ class Calculator:
         self._reference = prompt.reference
 
     def step(self, completion: str) -> Outcome:
-        calls = _CALL.findall(completion)
-        if not calls:
+        if _OPENING not in completion:
             numbers = _NUMBER.findall(completion)
             right = bool(numbers) and numbers[-1] == self._reference.strip()
             return Outcome(reward=float(right), done=True)
+        calls = _CALL.findall(completion)
         try:
-            return Outcome(observation=str(calculate(calls[-1])))
+            if not calls:
+                raise ValueError("a call that does not end")
+            return Outcome(observation=str(calculate(calls[-1])), reward=0.0)
         except ValueError as error:
-            reward = -self._penalty if self._penalty else None
-            return Outcome(observation=f"error: {error}", reward=reward)
+            return Outcome(observation=f"error: {error}", reward=0.0 - self._penalty)
 
 
 def calculate(expression: str) -> int:
-    """Value of integers joined by + - * and parentheses.
+    """Value of integers joined by + - * / and parentheses.
 
-    Raises `ValueError` for anything else, for more than 64 characters, and for a number beyond
-    10^18 on the way: neither time nor memory is at the mercy of who writes the expression.
+    Raises `ValueError` for anything else, for a quotient that is no integer, for more than 64
+    characters, and for a number beyond 10^18 on the way: neither time nor memory is at the mercy of
+    who writes the expression.
     """
     if len(expression) > LONGEST_EXPRESSION:
         raise ValueError("too long")
@@ -54,7 +61,7 @@ def calculate(expression: str) -> int:
     while place < len(text):
         found = _TOKEN.match(text, place)
         if found is None:
-            raise ValueError("not integers with + - *")
+            raise ValueError("not integers with + - * /")
         tokens.append(found.group(1))
         place = found.end()
     tokens.append("")
@@ -76,9 +83,10 @@ def _sum(tokens: list[str], place: int) -> tuple[int, int]:
 
 def _product(tokens: list[str], place: int) -> tuple[int, int]:
     value, place = _factor(tokens, place)
-    while tokens[place] == "*":
+    while tokens[place] in ("*", "/"):
+        sign = tokens[place]
         other, place = _factor(tokens, place + 1)
-        value = _bounded(value * other)
+        value = _bounded(value * other) if sign == "*" else _divide(value, other)
     return value, place
 
 
@@ -95,6 +103,14 @@ def _factor(tokens: list[str], place: int) -> tuple[int, int]:
     if not token.isdigit():
         raise ValueError("not an expression")
     return _bounded(int(token)), place + 1
+
+
+def _divide(value: int, other: int) -> int:
+    if other == 0:
+        raise ValueError("division by zero")
+    if value % other:
+        raise ValueError("not a whole number")
+    return value // other
 
 
 def _bounded(value: int) -> int:

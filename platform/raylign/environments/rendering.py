@@ -7,12 +7,15 @@ whatever the template adds to it behind the first answer.
 
 from __future__ import annotations
 
+import threading
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config import UserError
+from raylign.data.chat.faults import list_special_tokens
 
 # Of the conversation that is rendered; none of it can come out of a template by itself.
 _ASKED, _SAID, _SEEN = "Raylign-asks-1", "Raylign-says-2", "Raylign-shows-3"
@@ -25,13 +28,17 @@ class TurnRenderer:
     They are messages of the role `tool` where the chat template knows it, else of `user`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises `UserError` when the template knows neither role after an answer."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, place: str = "align.environment"
+    ) -> None:
+        """`place`: the section of the recipe that messages name. Raises `UserError` when the
+        template knows neither role after an answer."""
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+        self._special = tuple(list_special_tokens(tokenizer))
         known = [role for role in ("tool", "user") if self._knows(role)]
         if not known:
             raise UserError(
-                f"align.environment: the chat template of {tokenizer.name_or_path} has no form for "
+                f"{place}: the chat template of {tokenizer.name_or_path} has no form for "
                 "what is said after an answer, neither as role tool nor as user; give the "
                 "tokenizer another chat template"
             )
@@ -44,10 +51,21 @@ class TurnRenderer:
 
     def render(self, observation: str, last: int) -> tuple[int, ...]:
         """Tokens between two turns, the first of which ended with the token `last`; where that is
-        not the template's own end of a turn, this is put after it."""
-        text = self._closing + self._before + observation + self._after
-        tokens = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        not the template's own end of a turn, this is put after it. Special tokens that an
+        observation spells, which would forge or end a turn, are shown as plain text."""
+        before, after = self._closing + self._before, self._after
+        if any(token in observation for token in self._special):
+            parts = [self._tokenise(before), self._tokenise(observation, plain=True)]
+            tokens = tuple(chain(*parts, self._tokenise(after)))
+        else:
+            tokens = self._tokenise(before + observation + after)
         return tokens[1:] if tokens[:1] == (last,) else tokens
+
+    def _tokenise(self, text: str, plain: bool = False) -> tuple[int, ...]:
+        """`plain`: nothing in it is a special token."""
+        options = {"add_special_tokens": False, "split_special_tokens": plain}
+        with self._lock:  # the tokenizer remembers the option; episodes are answered in threads
+            return tuple(self._tokenizer(text, **options)["input_ids"])
 
     def _knows(self, role: str) -> bool:
         """Whether a message of this role has a form of its own, and leaves what was before it."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raylign.evaluation.tasks import EPISODES
 from raylign.evaluation.uncertainty import measure_mean, measure_ratio
 
 ANSWERS_KEPT = 40
@@ -41,8 +42,13 @@ def compare_models(found: Mapping[str, Results]) -> dict[str, Any]:
         "tasks": {task: {"metric": _gather(found, task)} for task in tasks},
         "higher_is_better": better,
         "differences": differences,
-        "answers": pick_answers({m: found[m]["documents"].get("arithmetic", []) for m in models}),
+        "answers": pick_answers({m: _list_problems(found[m]["documents"]) for m in models}),
     }
+
+
+def _list_problems(documents: Mapping[str, Documents]) -> Documents:
+    """Those of the held-out arithmetic, answered at once or turn by turn."""
+    return documents.get("arithmetic") or documents.get(EPISODES, [])
 
 
 def _gather(found: Mapping[str, Results], task: str) -> dict[str, dict[str, Any]]:

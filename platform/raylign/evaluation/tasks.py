@@ -1,4 +1,4 @@
-"""The two tasks of a run: its held-out arithmetic, and English kept out of training.
+"""The tasks of a run: its held-out arithmetic, and English kept out of training.
 
 They are written as ordinary lm-eval task files, so `lm-eval --include_path` runs them as well.
 """
@@ -14,7 +14,8 @@ from typing import Any
 from raylign.config import UserError
 from raylign.rewards.verifiers import verify_arithmetic
 
-LOCAL_TASKS = ("arithmetic", "english")
+EPISODES = "episodes"
+LOCAL_TASKS = ("arithmetic", "english", EPISODES)
 
 _ARITHMETIC = """\
 task: arithmetic
@@ -60,7 +61,7 @@ def write_tasks(names: Sequence[str], corpus: Path, directory: Path, max_tokens:
     directory.mkdir(parents=True, exist_ok=True)
     cache = json.dumps(str(directory / "cache"))
     if "arithmetic" in names:
-        data = _require(corpus / "held_out.jsonl", "arithmetic")
+        data = require_data(corpus / "held_out.jsonl", "arithmetic")
         rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
         digits = sorted({count_digits(row["key"]) for row in rows})
         metrics = ["exact", "format", *(digit_metric(d) for d in digits)]
@@ -70,7 +71,7 @@ def write_tasks(names: Sequence[str], corpus: Path, directory: Path, max_tokens:
         )
         (directory / "arithmetic.yaml").write_text(text, encoding="utf-8")
     if "english" in names:
-        data = _require(corpus / "english_held_out.jsonl", "english")
+        data = require_data(corpus / "english_held_out.jsonl", "english")
         text = _ENGLISH.format(data=json.dumps(str(data)), cache=cache)
         (directory / "english.yaml").write_text(text, encoding="utf-8")
 
@@ -96,7 +97,8 @@ def digit_metric(digits: int) -> str:
     return f"exact_{digits}_digit"
 
 
-def _require(file: Path, task: str) -> Path:
+def require_data(file: Path, task: str) -> Path:
+    """`file`, which a task is made from; raises `UserError` when there is nothing in it."""
     if not file.is_file() or not file.stat().st_size:
         raise UserError(
             f"evaluate.tasks: {task!r} needs {file}, which is missing or empty; "

@@ -62,8 +62,11 @@ class Episode:
 
     @property
     def reward(self) -> float | None:
-        """Sum of what the environment gave; None if it gave nothing."""
+        """Sum of what the environment gave. If it gave nothing, 0 where a limit ended the episode,
+        which is the policy's own doing, and else None."""
         given = [reply.reward for reply in self.replies if reply.reward is not None]
+        if not given and self.replies and self.replies[-1].cut:
+            return 0.0
         return sum(given) if given else None
 
     @property

@@ -101,14 +101,19 @@ class GeneratorLoop:
         self._awaited: list[_Line] = []  # of ordered groups, in order
         self._keys = iter(fresh_keys("g"))
         self._answering: ThreadPoolExecutor | None = None
+        self._working = False
+        self._unanswered, self._counting = 0, threading.Lock()
         self.steps = 0
         """Scheduling steps made."""
-        self.busy = False
-        """Whether it is doing a caller's work in place of steps."""
         self.failure: BaseException | None = None
         """What ended the loop."""
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it does a caller's work, or waits for answers to turns, in place of steps."""
+        return self._working or (self._unanswered > 0 and not self._generator.pending)
 
     def submit(
         self, requests: Sequence[Request], ordered: bool = False
@@ -164,7 +169,10 @@ class GeneratorLoop:
         while True:
             for line in self._take_awaited():
                 assert line.answer is not None
-                self._hear(line, line.answer.result())
+                self._working = True
+                reply = line.answer.result()
+                self._working = False
+                self._hear(line, reply)
             try:
                 item = self._inbox.get(block=not self._generator.pending)
             except queue.Empty:
@@ -250,11 +258,17 @@ class GeneratorLoop:
         assert line.responder is not None
         turns, replies = tuple(line.turns), tuple(line.replies) if replay else None
         answer = self._answering.submit(_answer, line.responder, turns, replies)
+        self._count_unanswered(1)
+        answer.add_done_callback(lambda done: self._count_unanswered(-1))
         line.answer = answer
         if line.group.ordered:
             self._awaited.append(line)
         else:
             answer.add_done_callback(lambda done: self._inbox.put(_Answered(line, answer)))
+
+    def _count_unanswered(self, change: int) -> None:
+        with self._counting:
+            self._unanswered += change
 
     def _hear(self, line: _Line, reply: Reply | None) -> None:
         line.answer = None
@@ -299,7 +313,7 @@ class GeneratorLoop:
         return tuple(line.freeze() for line in group.lines)
 
     def _perform(self, call: _Call) -> None:
-        self.busy = True
+        self._working = True
         try:
             stopped = []
             if call.restart:
@@ -311,7 +325,7 @@ class GeneratorLoop:
         except BaseException as error:
             call.future.set_exception(error)
             raise
-        self.busy = False
+        self._working = False
         self._awaited = [line for line in self._awaited if line not in stopped]
         for line in stopped:
             line.partial = None

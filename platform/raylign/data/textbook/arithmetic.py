@@ -2,9 +2,9 @@
 
 Everything is a pure function of a seed. The textbook teaches addition and subtraction of whole
 numbers of one to `max_digits` digits in many phrasings; the exercises are chat demonstrations in
-two styles: *worked* (column by column, with carries) and *mental* (the answer at once). Real
-demonstration data mix careful and careless authors in the same way; which style pays is for
-reinforcement learning to find out.
+two styles: *worked* (column by column, with carries) and *mental* (the answer at once), and, where
+asked for, a third, in which a calculator is called. Real demonstration data mix careful and
+careless authors in the same way; which style pays is for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Operation = Literal["+", "-"]
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands")
 MENTAL = "I can see it."
+TOOL = "calculator"
 
 _QUESTIONS = {
     "+": (
@@ -152,13 +153,29 @@ def solve(problem: Problem, style: Literal["worked", "mental"]) -> str:
 
 
 def write_exercise(
-    problem: Problem, rng: random.Random, worked_share: float
-) -> list[dict[str, str]]:
-    """One chat demonstration; `worked_share` of them (0..1) show their working."""
-    style: Literal["worked", "mental"] = "worked" if rng.random() < worked_share else "mental"
+    problem: Problem, rng: random.Random, worked_share: float, tool_share: float = 0.0
+) -> list[dict[str, Any]]:
+    """One chat demonstration; `tool_share` of them (0..1) call the calculator, and `worked_share`
+    of the others show their working."""
+    style = rng.random()
+    question = {"role": "user", "content": phrase_question(problem, rng)}
+    if style < tool_share:
+        return [question, *call_tool(problem)]
+    worked = style - tool_share < worked_share * (1 - tool_share)
     return [
-        {"role": "user", "content": phrase_question(problem, rng)},
-        {"role": "assistant", "content": solve(problem, style)},
+        question,
+        {"role": "assistant", "content": solve(problem, "worked" if worked else "mental")},
+    ]
+
+
+def call_tool(problem: Problem) -> list[dict[str, Any]]:
+    """The assistant's call, what the calculator returns, and the answer."""
+    arguments = {"expression": f"{problem.a}{problem.op}{problem.b}"}
+    call = {"type": "function", "function": {"name": TOOL, "arguments": arguments}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": str(problem.answer)},
+        {"role": "assistant", "content": f"<answer>{problem.answer}</answer>"},
     ]
 
 

@@ -44,7 +44,8 @@ def draw_problems(config: TextbookConfig, seed: int) -> Problems:
     exercises = []
     for number, problem in enumerate(drawn):
         rng = random.Random(f"exercise/{seed}/{number}")
-        messages = write_exercise(problem, rng, _worked_share(problem, config))
+        shares = (config.exercise_worked_share, config.exercise_tool_share)
+        messages = write_exercise(problem, rng, *(_choose(problem, each) for each in shares))
         exercises.append({"messages": messages, "key": problem.key})
     asked = draw_distinct(config.prompts, f"prompts/{seed}", config.max_digits, keys)
     return Problems(
@@ -52,8 +53,8 @@ def draw_problems(config: TextbookConfig, seed: int) -> Problems:
     )
 
 
-def _worked_share(problem: Problem, config: TextbookConfig) -> float:
-    shares = config.exercise_worked_share
+def _choose(problem: Problem, shares: Sequence[float]) -> float:
+    """The share for the length of the larger operand."""
     return shares[min(len(str(problem.a)), len(shares)) - 1]
 
 

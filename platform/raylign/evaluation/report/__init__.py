@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ from raylign.evaluation.report.provenance import (
     build_reproduction,
     build_settings,
     find_seed,
+)
+from raylign.evaluation.report.siblings import (
+    Sibling,
+    build_siblings,
+    read_siblings,
+    summarize_siblings,
 )
 from raylign.evaluation.report.timeline import measure_overlap, measure_shares
 from raylign.evaluation.report.viewer import build_viewer
@@ -55,27 +61,35 @@ _SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
 
 
 def build_report(
-    run_root: Path, output: Path, machine: Mapping[str, Any] | None = None
+    run_root: Path,
+    output: Path,
+    machine: Mapping[str, Any] | None = None,
+    others: Mapping[str, Path] | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Write `report.html`, `report.md` and `report.json` into `output`; returns the JSON's content.
 
     Reads the finished stages of `run_root` and its `journey.json`; a stage that is missing is left
-    out and named in a note. `machine` is shown as given. The same inputs give the same bytes.
+    out and named in a note. `machine` is shown as given. `others` are further runs, by the names
+    they are shown with, that stand beside this one, called `name`. The same inputs give the same
+    bytes. Raises `UserError` for one of `others` that has nothing to show.
     """
     findings = read_findings(run_root, machine)
-    document = _compose(findings)
+    siblings = read_siblings(findings, name or run_root.name, others or {})
+    document = _compose(findings, siblings)
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.html").write_text(render_page(document), encoding="utf-8")
     (output / "report.md").write_text(render_markdown(document), encoding="utf-8")
-    numbers = _summarize(findings, document)
+    numbers = _summarize(findings, document) | {"runs": summarize_siblings(siblings)}
     write_json(output / "report.json", numbers)
     return numbers
 
 
-def _compose(findings: Findings) -> Document:
-    sections = tuple(
-        s for s in (build(findings) for build in _SECTIONS) if s is not None and s.blocks
-    )
+def _compose(findings: Findings, siblings: Sequence[Sibling]) -> Document:
+    built = [build(findings) for build in _SECTIONS]
+    # Right after this run's own results, whether it has them or not.
+    built.insert(_SECTIONS.index(build_comparison) + 1, build_siblings(siblings))
+    sections = tuple(section for section in built if section is not None and section.blocks)
     missing = [TITLES[stage].lower() for stage in STAGES if stage not in findings.stages]
     notes = (f"Not part of this run, and left out above: {', '.join(missing)}.",) if missing else ()
     return Document(build_hero(findings), sections, notes)

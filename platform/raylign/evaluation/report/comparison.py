@@ -65,6 +65,16 @@ def is_share(metric: str, scores: Scores) -> bool:
     )
 
 
+def is_shown(metric: str) -> bool:
+    """Whether the metric stands in tables; those by the length of a problem are drawn."""
+    return _DIGITS.fullmatch(metric) is None
+
+
+def name_metric(metric: str) -> str:
+    """What people call it."""
+    return _NAMES.get(metric, metric.replace("_", " "))
+
+
 def build_comparison(findings: Findings) -> Section | None:
     """The evaluation."""
     tasks = findings.results.get("tasks", {})
@@ -89,12 +99,10 @@ def _tabulate(findings: Findings, models: list[str]) -> Table:
     rows, colors = [], name_colors(findings)
     for task, found in findings.results["tasks"].items():
         for metric, scores in found["metric"].items():
-            if _DIGITS.fullmatch(metric):
+            if not is_shown(metric):
                 continue
             count = max((int(s["n"]) for s in scores.values()), default=0)
-            name = Cell(
-                _NAMES.get(metric, metric.replace("_", " ")), note=f"{task}, {count:,} documents"
-            )
+            name = Cell(name_metric(metric), note=f"{task}, {count:,} documents")
             values = [_show_score(metric, scores, scores.get(m), colors[m]) for m in models]
             changes = [_show_change(findings, task, metric, pair) for pair in pairs]
             rows.append((name, *values, *changes))

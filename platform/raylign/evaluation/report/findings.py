@@ -76,8 +76,11 @@ class Findings:
         return found.get(model)
 
 
-def read_findings(root: Path, machine: Mapping[str, Any] | None) -> Findings:
-    """Read the finished stages below `root`; missing ones are simply left out."""
+def read_findings(
+    root: Path, machine: Mapping[str, Any] | None, completions: bool = True
+) -> Findings:
+    """Read the finished stages below `root`; missing ones are simply left out, and so are
+    `completions` that nobody wants to look at."""
     stages = {}
     for name in STAGES:
         stage = read_stage(root / name)
@@ -99,7 +102,7 @@ def read_findings(root: Path, machine: Mapping[str, Any] | None) -> Findings:
         events=_read_events(align / EVENTS_FILE) if align else (),
         examples=read_lines(align / "examples.jsonl") if align else [],
         results=_read(root / "evaluate" / "results.json") if "evaluate" in stages else {},
-        completions=read_samples(align / "rollouts.jsonl") if align else NOTHING,
+        completions=read_samples(align / "rollouts.jsonl") if align and completions else NOTHING,
         incidents=_read_incidents(align / EVENTS_FILE) if align else (),
     )
 

@@ -30,6 +30,7 @@ _FIELDS = {
     "r": "reward",
     "k": "parts",
     "o": "left_out",
+    "d": "detail",
     "a": "advantage",
     "m": "mismatch",
     "b": "worker",
