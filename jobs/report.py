@@ -1,4 +1,4 @@
-"""The report of a run: `python -m jobs.report recipe.yaml`.
+"""The report of a run: `python -m jobs.report recipe.yaml ['report.runs={seed 1: runs/b}']`.
 
 Always rebuilt: it is a view of the other stages and costs less than deciding whether it is stale.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 from jobs.entry import STAGES, main
-from raylign.config import Recipe, UserError
+from raylign.config import Recipe, ReportConfig, UserError
 from raylign.evaluation.report import build_report
-from raylign.run import Run
+from raylign.run import Run, read_stage
 from raylign.tracking import ProgressBoard
 
 
@@ -30,10 +30,29 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
             f"run {run.root} has no finished stage to report on; "
             "run `python -m jobs.quickstart` on this recipe first"
         )
-    with run.write("report", {"seed": recipe.seed}, parents) as draft:
-        numbers = build_report(run.root, draft.path, describe_machine())
+    config = recipe.report
+    parents |= _identify_others(run, config)
+    settings = {"seed": recipe.seed, "report": config.model_dump(mode="json")}
+    with run.write("report", settings, parents) as draft:
+        numbers = build_report(run.root, draft.path, describe_machine(), config.runs, config.name)
         draft.summary.update({"sections": len(numbers["sections"])})
     board.say(f"[green]✓[/] report: {run.root / 'report' / 'report.html'}")
+
+
+def _identify_others(run: Run, config: ReportConfig) -> dict[str, str]:
+    """Content hashes of what is shown of further runs. Raises `UserError` for one that is none."""
+    found = {}
+    for name, root in config.runs.items():
+        if not root.is_dir():
+            raise UserError(f"report.runs.{name}={root}: no such directory")
+        if root.resolve() == run.root.resolve():
+            raise UserError(f"report.runs.{name}={root} is the run itself, which is shown anyway")
+        if config.name is None and name == run.root.name:
+            raise UserError(f"report.runs.{name}: the run itself is called so; give report.name")
+        for stage in ("align", "evaluate"):
+            if (made := read_stage(root / stage)) is not None:
+                found[f"{name}/{stage}"] = made.manifest.content
+    return found
 
 
 def describe_machine() -> dict[str, str]:

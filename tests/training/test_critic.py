@@ -58,6 +58,25 @@ def test_a_new_head_says_nothing_yet(tiny_model: Path, trajectories: list[Trajec
     assert advantages == pytest.approx(rewards, abs=1e-6)
 
 
+def test_it_is_told_how_much_each_token_counts(
+    tiny_model: Path, trajectories: list[Trajectory]
+) -> None:
+    """Values of 0 and gamma = 1: what is to come, discounted by lambda for each token between."""
+    learner = make_learner(tiny_model, "ppo", kl_coef=0.0, lam=0.5, whiten=False)
+    shown = learn(learner, trajectories).token_advantages
+    # The reward of the first one is 0, and so is all that its tokens have.
+    assert shown.keys() == set(range(1, len(trajectories)))
+    for row in shown:
+        trajectory = trajectories[row]
+        length = len(trajectory.token_ids)
+        expected = [
+            0.0 if t < 3 else trajectory.reward * 0.5 ** (length - 1 - t) for t in range(length)
+        ]
+        assert shown[row] == pytest.approx(expected, abs=1e-6)
+    # Of an algorithm without a critic there is one number a completion, and it is told once.
+    assert learn(make_learner(tiny_model, kl_coef=0.0), trajectories).token_advantages == {}
+
+
 def test_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     build_scorer(tiny_model, "score", seed=9).save_pretrained(tmp_path)
     other = load_tokenizer(tiny_model)

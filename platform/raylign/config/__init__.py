@@ -17,7 +17,7 @@ from raylign.config.loading import ConfigError, change, load_recipe
 from raylign.config.model import ModelConfig, RopeScalingConfig
 from raylign.config.preference import ComparisonConfig, PreferenceConfig, RewardModelConfig
 from raylign.config.quality import PiiConfig, QualityConfig, SignalsConfig
-from raylign.config.recipe import RayConfig, Recipe
+from raylign.config.recipe import RayConfig, Recipe, ReportConfig
 from raylign.config.rewarding import (
     JudgeConfig,
     RewardConfig,
@@ -85,6 +85,7 @@ __all__ = [
     "RangeConfig",
     "RayConfig",
     "Recipe",
+    "ReportConfig",
     "RewardConfig",
     "RewardModelConfig",
     "RewardPartConfig",

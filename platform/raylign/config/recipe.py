@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylign.config.alignment import AlignConfig
 from raylign.config.comparing import CompareConfig
@@ -25,6 +25,24 @@ class RayConfig(Section):
     """Cluster address; a submitted job's own cluster, else a private local one."""
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of a private local cluster; all of the machine when not given."""
+
+
+class ReportConfig(Section):
+    """`python -m jobs.report`: one page about the run, and others beside it."""
+
+    runs: dict[str, Path] = Field(default={})
+    """Name to run directory of further runs, such as other seeds: their curves and held-out results
+    stand beside this run's own."""
+    name: str | None = None
+    """Of this run among them; that of its directory when not given."""
+
+    @model_validator(mode="after")
+    def _check_name(self) -> ReportConfig:
+        if self.name is not None and not self.runs:
+            raise ValueError("name has no effect without runs; leave it out")
+        if self.name in self.runs:
+            raise ValueError(f"name={self.name}: one of runs is called that already")
+        return self
 
 
 class Recipe(Section):
@@ -50,3 +68,4 @@ class Recipe(Section):
     merge: MergeConfig | None = None
     align: AlignConfig | None = None
     evaluate: EvaluateConfig | None = None
+    report: ReportConfig = ReportConfig()
