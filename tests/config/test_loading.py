@@ -168,6 +168,11 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             "pretrain:\n  model: {preset: tiny-gptj, kv_heads: 1}\n",
             "r.yaml:2: pretrain.model={'preset': 'tiny-gptj', 'kv_heads': 1}: kv_heads has no ",
         ),
+        (  # the key's own line, and not all of its section
+            "align:\n  steps: 4\n  adapter:\n    rank: 4\n  sampling: {max_tokens: 5, top_k: 3, "
+            "temperature: 1.0, top_p: 0.5}\n",
+            "r.yaml:4: align: adapter.rank has no effect with peft=none; leave it out, or choose",
+        ),
         (
             "prepare:\n  sources:\n    - kind: textbook\n    - kind: pidoc\n",
             "r.yaml:4: prepare.sources.1.kind='pidoc': input should be ",

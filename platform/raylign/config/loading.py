@@ -38,6 +38,9 @@ SYNONYMS = {
     "output_dir": "run",
 }
 
+_LONGEST_SECTION = 80
+"""Characters of a section that are shown in one line with what is wrong with it."""
+
 
 class ConfigError(UserError):
     """A recipe that cannot be used; the message names the key, its place and the remedy."""
@@ -172,7 +175,13 @@ def _explain(error: ValidationError, places: dict[tuple[str, ...], str], file: s
         message = f"{place}: {dotted} is required"
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        message = f"{place}: {dotted}={first['input']!r}: {reason[:1].lower()}{reason[1:]}"
+        # Of a whole section, the reason begins with the key that is at fault.
+        key = reason.partition(" ")[0].partition("=")[0].rstrip(":;,")
+        place = places.get((*path, *key.split(".")), place)
+        value = repr(first["input"])
+        too_long = isinstance(first["input"], dict) and len(value) > _LONGEST_SECTION
+        shown = dotted if too_long else f"{dotted}={value}"
+        message = f"{place}: {shown}: {reason[:1].lower()}{reason[1:]}"
     # Of a union's members each complains about the same value; only other places count.
     places_left = {_strip_union_tags(problem["loc"]) for problem in problems}
     others = sum(path[: len(other)] != other for other in places_left)
