@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # where prompts and trajectories go, such as to rewards, nobody waits for it
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,8 @@ class Batch:
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows, cut to their own longest sequence."""
+        import torch
+
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.lengths.device)
         width = int(self.lengths[index].max()) if len(rows) else 1
         return self._map(
@@ -159,6 +163,8 @@ def collate(
 
     Raises `ValueError` for an empty list, or lists of different lengths.
     """
+    import torch
+
     if not trajectories:
         raise ValueError("cannot collate an empty list of trajectories")
     rows, width = len(trajectories), max(len(t.token_ids) for t in trajectories)

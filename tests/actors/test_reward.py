@@ -23,7 +23,7 @@ from raylign.runtime import worker_env
 
 PROMPT = Prompt("p0", (1,), "What?", "7")
 REWARDS = """
-import ctypes, os, time
+import ctypes, os, sys, time
 
 def hostile(completion, reference, *, trajectory):
     what, _, path = completion.partition(" ")
@@ -42,6 +42,8 @@ def hostile(completion, reference, *, trajectory):
         raise KeyError("no")
     if what == "leak":
         hostile.kept = bytearray(1200 << 20)
+    if what == "loaded":
+        return float(path in sys.modules)
     odd = {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "1", "huge": 1e38}
     return odd.get(what, float(len(completion)))
 """
@@ -88,6 +90,13 @@ def score(scorer: CompositeScorer, *texts: str) -> tuple[dict[str, float | None]
     scores = asyncio.run(scorer.score(tuple(make(text) for text in texts), PROMPT))
     kept = {t.text: t.reward for t in scores.scored.kept}
     return kept, [r.reason for r in scores.scored.rejected]
+
+
+def test_a_worker_with_a_plain_function_has_no_torch(start: Start) -> None:
+    """It would take longer to start than all else that a worker loads, and hold more memory."""
+    _, scorer = start(attempts=1)
+    found, _ = score(scorer, "loaded torch", "loaded raylign.rewards.panel")
+    assert found == {"loaded torch": 0.0, "loaded raylign.rewards.panel": 1.0}
 
 
 @pytest.mark.slow

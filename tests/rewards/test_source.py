@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raylign.config import UserError
-from raylign.records import Trajectory
+from raylign.config import RewardConfig, UserError
+from raylign.records import Prompt, Trajectory
 from raylign.rewards.confinement import survey_walls
+from raylign.rewards.panel import Panel, check_sources
 from raylign.rewards.source import VERIFIERS, load_reward
 
 MODULE = """
@@ -66,9 +67,13 @@ def test_verifiers_by_name(name: str) -> None:
     assert isinstance(parts, dict) and set(parts.values()) == {1.0}
 
 
-def test_what_an_environment_gave() -> None:
+def make_trajectory(text: str) -> Trajectory:
     nothing = np.zeros(2, np.int32)
-    trajectory = Trajectory("p", "g", nothing, nothing > 0, nothing, nothing, "stop", "text")
+    return Trajectory("p", "g", nothing, nothing > 0, nothing, nothing, "stop", text)
+
+
+def test_what_an_environment_gave() -> None:
+    trajectory = make_trajectory("text")
     function = load_reward("environment")
     with pytest.raises(ValueError, match="gave no reward"):
         function("", "", trajectory=trajectory)
@@ -89,7 +94,7 @@ def test_what_an_environment_gave() -> None:
         ("numeric", {"relative": "much"}, "relative='much': give a value of type float"),
         ("numeric", {"relative": True}, "relative=True: give a value of type float"),
         ("numeric", {"relative": -1}, "must be 0 or more"),
-        ("regex", {}, "needs the option pattern; make it one of align.reward.parts, with"),
+        ("regex", {}, "needs the option pattern; give align.reward.options.pattern"),
         ("regex", {"pattern": "("}, "is no regular expression"),
         ("regex", {"pattern": "(a)(b)"}, "several groups"),
         ("format", {"tags": "a,,b"}, "give different names"),
@@ -106,6 +111,38 @@ def test_options_are_checked(module: str, source: str, options: dict[str, Any], 
 def test_options_of_functions(module: str) -> None:
     assert load_reward(f"{module}:Rubric.judge", {"strict": True})("a", "b") == {"judged": 1.0}
     assert load_reward(f"{module}:asking")("a", "b", prompt="p") == 1.0
+
+
+def test_a_single_source_takes_options_as_a_part_does() -> None:
+    options = {"pattern": r"x=(\d+)"}
+    prompt = Prompt("p", (1,), "What is x?", "7")
+    trajectories = [make_trajectory(text) for text in ("so x=7;", "so x=8;", "7")]
+    single = RewardConfig(source="regex", options=options)
+    part = RewardConfig.model_validate({"parts": {"a": {"source": "regex", "options": options}}})
+    check_sources(single)
+    [measured] = Panel(single).measure(trajectories, prompt).values()
+    assert [next(iter(each.values())) for each in measured] == [1.0, 0.0, 0.0]  # type: ignore[union-attr]
+    assert Panel(part).measure(trajectories, prompt) == {"a": measured}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"source": "regex"}, "align.reward.options.pattern"),
+        ({"source": "regex", "options": {"patern": "x"}}, "did you mean 'pattern'"),
+        ({"source": "regex", "options": {"pattern": 3}}, "align.reward.options.pattern=3: give a"),
+        ({"source": "judge", "options": {"a": 1}}, "align.reward.options has no effect with"),
+    ],
+)
+def test_options_of_a_single_source_are_checked(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_sources(RewardConfig.model_validate(given))
+
+
+def test_options_beside_parts_are_refused() -> None:
+    given = {"parts": {"a": {"source": "exact"}}, "options": {"ignore_case": True}}
+    with pytest.raises(ValueError, match="options has no effect beside parts"):
+        RewardConfig.model_validate(given)
 
 
 def test_functions_and_other_callables_by_module(module: str) -> None:

@@ -76,6 +76,8 @@ class RewardConfig(Section):
     `environment`, or `model` with `model`."""
     model: Path | None = None
     """source=model: a stage of `jobs.reward_model`, or a directory with a scoring model."""
+    options: dict[str, Value] = Field(default={})
+    """Keyword arguments of a verifier that takes some, as `pattern` of `regex`."""
     parts: dict[str, RewardPartConfig] = Field(default={})
     """Several sources by name, in place of `source`; their weighted sum is the total."""
     weights: dict[str, float] = Field(default={})
@@ -102,7 +104,7 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _check_sources(self) -> RewardConfig:
         if self.parts:
-            extra = sorted(self.model_fields_set & {"source", "model", "weights"})
+            extra = sorted(self.model_fields_set & {"source", "model", "options", "weights"})
             if extra:
                 raise ValueError(f"{extra[0]} has no effect beside parts; give it inside of one")
         elif (self.source == "model") != (self.model is not None):

@@ -103,7 +103,7 @@ def _list_sources(
 ) -> dict[str, tuple[str, str, Path | None, Mapping[str, Any]]]:
     """Place in the recipe, source, model and options of each."""
     if not config.parts:
-        return {ONLY: (f"{stage}.reward", config.source, config.model, {})}
+        return {ONLY: (f"{stage}.reward", config.source, config.model, config.options)}
     return {
         name: (f"{stage}.reward.parts.{name}", part.source, part.model, part.options)
         for name, part in config.parts.items()

@@ -133,10 +133,9 @@ def _check_options(
             raise UserError(f"{place}.options.{name}={value!r}: give a value of type {kind}")
     for name, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            where = f"give {place}.options.{name}"
-            if ".parts." not in place:
-                where = f"make it one of align.reward.parts, with options.{name}"
-            raise UserError(f"{place}.source={source!r} needs the option {name}; {where}")
+            raise UserError(
+                f"{place}.source={source!r} needs the option {name}; give {place}.options.{name}"
+            )
 
 
 def _suggest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
