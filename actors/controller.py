@@ -34,6 +34,7 @@ from actors.measurement import describe_left_out, measure_step, regroup
 from actors.rollout_pool import RolloutPool
 from actors.run_files import Branch, RunFiles, Start, next_branch
 from actors.scaling import FleetScaling
+from actors.supervision import explain_drought
 from actors.weights import WeightManifest
 from actors.wishes import grant_wishes
 from raylign.algorithms.kl import AdaptiveKL
@@ -233,11 +234,9 @@ class Controller:
             needs_spread=self._algorithm.dynamic_sampling,
         )
         if not admitted.trajectories:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in admitted.dropped.items())
-            raise UserError(
-                f"align step {step}: no sample can be learned from ({reasons}); "
-                "check align.reward, and what it says of some completions in rollouts.jsonl"
-            )
+            rejections = [rejection for _, rejection in admitted.left_out]
+            why = explain_drought(rejections, self._config.judge)
+            raise UserError(f"align step {step}: {why}")
         # Once a step, over all of it: what a reward becomes must not depend on who was first.
         settled = self._crew.scorer.settle(admitted.trajectories)
         return replace(admitted, trajectories=tuple(settled))

@@ -184,7 +184,8 @@ class Dispatcher:
             request.prompt, request.group, request.sampling, request.count, request.oldest
         )
         group = await self._score(step, request, rollout)
-        await asyncio.to_thread(self._files.keep_group, step, group)
+        if group.trajectories:  # one that a dead judge said nothing of is asked for again
+            await asyncio.to_thread(self._files.keep_group, step, group)
         return group
 
     async def _score(

@@ -8,17 +8,22 @@ workers, samples and versions stay what they were.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from actors.journal import Journal
 from actors.learner import LearnerGroup, LearnerReport, Step
+from actors.processes import read_stacks
 from actors.ranks import LearnerLost
 from actors.run_files import Branch, RunFiles, Start
 from actors.supervision import Budget
 from actors.weights import WeightManifest
 from raylign.training.batches import LearnerBatch
 from raylign.training.checkpoints import Event
+
+STACKS = "stacks"
+"""Directory in the run's, of what ranks were at when their group was lost."""
 
 T = TypeVar("T")
 Begun = tuple[WeightManifest, list[tuple[LearnerBatch, LearnerReport]]]
@@ -102,6 +107,7 @@ class DurableLearner:
                 return await operation()
             except LearnerLost as lost:
                 self._journal.event(actor="learner", what="lost", text=str(lost), rank=lost.rank)
+                await asyncio.to_thread(self._keep_stacks)
                 self._budget.spend(str(lost))
             while not first:
                 try:
@@ -109,6 +115,17 @@ class DurableLearner:
                     break
                 except LearnerLost as lost:
                     self._budget.spend(str(lost))
+
+    def _keep_stacks(self) -> None:
+        """Write down what the ranks that are left of a lost group are at."""
+        said = {rank: read_stacks(process) for rank, process in self._group.processes.items()}
+        if any(said.values()):
+            directory = self._files.stage.parent / STACKS
+            directory.mkdir(exist_ok=True)
+            file = directory / f"learner-{time.time():.0f}.txt"
+            texts = (f"Rank {rank}\n\n{text or 'It is gone.'}\n" for rank, text in said.items())
+            file.write_text("\n".join(texts), encoding="utf-8")
+            self._journal.event(actor="learner", what="stacks", text=f"see {file}")
 
     async def _begin(self) -> Begun:
         """A new group with the state of the current step."""

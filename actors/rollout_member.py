@@ -100,7 +100,7 @@ class Member:
         """The exclusive one that it is at."""
         self.work: dict[str, Work] = {}
         self._outbox: list[Errand] = []
-        self._late: set[str] = set()
+        self._late: dict[str, float] = {}
         self._keys: Iterator[int] = count()
         self._steps = -1
         self._progress = self._answered = time.monotonic()
@@ -133,7 +133,7 @@ class Member:
     def take(self, key: str) -> Work | None:
         """A work that is no longer its own."""
         work = self.work.pop(key, None)
-        self._late.discard(key)
+        self._late.pop(key, None)
         if work is not None:
             self.load -= work.request.count
             if work.holder is self and work.key == key:
@@ -152,8 +152,16 @@ class Member:
                 return []
         keys = [k for k, w in self.work.items() if now - w.since > deadline_s]
         fresh = [key for key in keys if key not in self._late]
-        self._late.update(fresh)
+        self._late |= dict.fromkeys(fresh, now)
         return fresh
+
+    def blame(self, reason: str) -> list[Work]:
+        """What it leaves unfinished, now that it is lost; those it was late with know of it."""
+        works = [work for work in self.work.values() if not work.future.done()]
+        for work in works:
+            if work.key not in self._late:
+                work.losses.append(reason)
+        return works
 
     async def send(self) -> None:
         """Hand over what is in the outbox, in one call."""
@@ -205,6 +213,20 @@ class Member:
                 raise Stalled(pulse.broken)
             if now - self._progress > stall_s:
                 raise Stalled(f"no token in {stall_s:g} s, with {len(self.work)} requests")
+            self._find_lost(now, stall_s, pulse.busy)
+
+    def _find_lost(self, now: float, patience_s: float, busy: bool) -> None:
+        """A request that was late and is not given back either: whoever had it does not know it
+        any more. Raises `Stalled`."""
+        for key, told in self._late.items():
+            if busy:  # it gives back between two steps, and makes none
+                self._late[key] = now
+            elif now - told > patience_s and not self.work[key].future.done():
+                prompt = self.work[key].request.prompt.id
+                raise Stalled(
+                    f"prompt {prompt}: neither answered nor given back within {patience_s:g} s of "
+                    "its deadline"
+                )
 
     async def withdraw(self, keys: Iterable[str]) -> None:
         """Have it stop requests; what is there of them comes by pulse."""

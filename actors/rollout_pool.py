@@ -264,10 +264,7 @@ class RolloutPool:
         member.kill()
         reason = f"{member.name}: {describe(error)}"
         self._on_change(member.name, "lost", reason)
-        works = [work for work in member.work.values() if not work.future.done()]
-        for work in works:
-            work.losses.append(reason)
-        parcel = member.parcel
+        parcel, works = member.parcel, member.blame(reason)
         self._queue.retry(works, parcel if parcel is not None and parcel.ordered else None)
         self._replace(member, reason, error)
         self._announce()

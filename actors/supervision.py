@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError
+
+from raylign.config import JudgeConfig
+from raylign.rewards.outcomes import Rejection
 
 log = logging.getLogger(__name__)
 
@@ -72,3 +76,21 @@ class Budget:
                 f"{len(self.reasons)} {self._what} failures, {self._limit} restarts allowed; "
                 f"the first was {self.reasons[0]}"
             )
+
+
+def explain_drought(left_out: Iterable[Rejection], judge: JudgeConfig) -> str:
+    """Why a step has nothing to learn from, by reason with the first detail, and what to do."""
+    counts: Counter[str] = Counter()
+    details: dict[str, str] = {}
+    for rejection in left_out:
+        counts[rejection.reason] += 1
+        details.setdefault(rejection.reason, rejection.detail)
+    told = [
+        f"{count} {reason}" + (f": {details[reason]}" if details[reason] else "")
+        for reason, count in counts.most_common()
+    ]
+    advice = "check align.reward, and what it says of some completions in rollouts.jsonl"
+    if counts and counts.most_common(1)[0][0].startswith("judge"):
+        who = f"endpoint={judge.endpoint}" if judge.endpoint else f"model={judge.model}"
+        advice = f"see to align.judge.{who}, and run the same again to go on"
+    return f"no sample can be learned from ({'; '.join(told)}); {advice}"

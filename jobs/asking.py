@@ -57,7 +57,7 @@ def read_prompts(
         raise UserError(f"{stage}.prompts: {file} does not exist")
     prompts = []
     # Not splitlines(): a JSON string may hold U+2028 and its like, which that takes for ends.
-    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    lines = _read_text(file).removesuffix("\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], 1):
         place = f"{file}:{number}"
         try:
@@ -77,6 +77,17 @@ def read_prompts(
     if not prompts:
         raise UserError(f"{stage}.prompts: {file} is empty")
     return prompts
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        byte = error.object[error.start]
+        raise UserError(
+            f"{file}:{number}: not UTF-8 (byte {byte:#04x}); save the file as UTF-8"
+        ) from None
 
 
 async def hire_scorer(

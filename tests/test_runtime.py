@@ -96,9 +96,13 @@ def test_a_cluster_that_merely_runs_here_is_not_joined(ray_cluster: None) -> Non
     assert done.stdout.strip() != ray.get_runtime_context().gcs_address
 
 
-def test_worker_paths_are_absolute_and_relative() -> None:
-    paths = worker_env()["PYTHONPATH"].split(":")
-    assert paths == [str(ROOT / "platform"), "platform", str(ROOT)]
+def test_worker_paths_are_absolute_and_relative(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [str(ROOT / "platform"), "platform", str(ROOT)]
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert worker_env()["PYTHONPATH"].split(":") == own
+    # Where a user's rewards are found here, workers find them too; nothing stands there twice.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}::/rewards:{ROOT / 'platform'}")
+    assert worker_env()["PYTHONPATH"].split(":") == [*own, "/rewards"]
 
 
 def test_a_submitted_job_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:

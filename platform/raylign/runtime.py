@@ -43,8 +43,12 @@ def worker_env() -> dict[str, str]:
     """Environment of Ray workers: import path (in a checkout) and library switches."""
     env = dict(_LIBRARY_ENV)
     if _SOURCE.name == "platform":
-        # Absolute for workers on this machine, relative for those that unpacked a working_dir.
-        env["PYTHONPATH"] = os.pathsep.join([str(_SOURCE), _SOURCE.name, str(_SOURCE.parent)])
+        # Absolute for workers on this machine, relative for those that unpacked a working_dir;
+        # then what the user has put there, such as the directory of a reward function.
+        own = [str(_SOURCE), _SOURCE.name, str(_SOURCE.parent)]
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        more = [str(Path(entry).resolve()) for entry in given if entry]
+        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*own, *more]))
     if not _has_gpu():
         env["DS_ACCELERATOR"] = "cpu"
     return env

@@ -11,7 +11,7 @@ import pytest
 from actors.rollout import RolloutRequest
 from actors.rollout_member import Member, Parcel, Work
 from actors.rollout_queue import IdleClock, RolloutQueue
-from actors.supervision import PromptLost
+from actors.supervision import PromptLost, Stalled
 from raylign.inference.episode import Episode
 from raylign.inference.generator import Sample, Sampling
 from raylign.records import Prompt
@@ -163,3 +163,24 @@ def test_idle_seconds_are_those_between_requests(monkeypatch: pytest.MonkeyPatch
         if in_flight is not None:
             clock.count(in_flight)
         assert clock.take() == {9: 0.0, 10: 1.0, 12: 2.0}[at]
+
+
+def test_a_request_that_a_worker_does_not_know_any_more_is_its_loss_and_named() -> None:
+    queue, [member] = RolloutQueue(most=8, attempts=2), make_members(1)
+    lost, fine = make_work(queue, "lost"), make_work(queue, "fine")
+    for work in (lost, fine):
+        queue.add(Parcel([work]))
+    queue.place([member])
+    fine.since += 1e6  # long before its deadline
+    [key] = member.late(-1.0)
+    assert member.work[key] is lost and member.late(-1.0) == []  # told once
+    lost.losses.append("rollout-0: no answer in 5 s")
+    told = member._late[key]
+    member._find_lost(told + 4, 4, busy=False)
+    member._find_lost(told + 9, 4, busy=True)  # loading weights: it gives nothing back meanwhile
+    member._find_lost(told + 13, 4, busy=False)
+    with pytest.raises(Stalled, match="prompt lost: neither answered nor given back within 4 s"):
+        member._find_lost(told + 13.1, 4, busy=False)
+    assert member.blame("rollout-0: gone") == [lost, fine]
+    # It was blamed for its own deadline already: that is one loss, and not two.
+    assert lost.losses == ["rollout-0: no answer in 5 s"] and fine.losses == ["rollout-0: gone"]

@@ -22,6 +22,7 @@ from raylign.tracking import EVENTS_FILE, METRICS_FILE, GrowingLines
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "RAYLIGN_FAULT_MARK"
+SABOTAGE = Path(__file__).parent / "sabotage"
 START_S = 300.0  # a machine under load takes long to start so many processes
 _TITLE = re.compile(r"ray::(\w+)")
 
@@ -73,6 +74,8 @@ class AlignRun:
             "sinks={tensorboard: false}",
         )
         self._settings = [f"align.{setting}" for setting in (*small, *settings)]
+        self.faults = root / "faults"
+        self.faults.mkdir(exist_ok=True)
         self.stage = root / "run" / ".align.partial"
         self.done = root / "run" / "align"
         self.mark = uuid.uuid4().hex
@@ -80,9 +83,16 @@ class AlignRun:
         self._started = 0.0
 
     def start(self, *settings: str, **environment: str) -> AlignRun:
-        """Begin, or go on; `environment` is seen by all of its processes."""
+        """Begin, or go on; `environment` is what all of its processes see."""
         command = [sys.executable, "-m", "jobs.align", str(self._recipe), *self._settings]
         log = (self.root / "output.log").open("w")
+        paths = [str(SABOTAGE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        own = {
+            MARK: self.mark,
+            "OMP_NUM_THREADS": "1",
+            "RAYLIGN_FAULT_DIRECTORY": str(self.faults),
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        }
         self._process = subprocess.Popen(
             [*command, *(f"align.{setting}" for setting in settings)],
             cwd=ROOT,
@@ -90,7 +100,7 @@ class AlignRun:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | own | environment,
         )
         self._started = time.monotonic()
         self._lines = {
@@ -179,6 +189,16 @@ class AlignRun:
         self.wait(
             f"step {step}", lambda: any(row["step"] >= step for row in self.metrics()), deadline_s
         )
+
+    def struck(self, fault: str, deadline_s: float = START_S) -> float:
+        """When a fault of `sabotage` happened, in seconds of the clock; waits for it."""
+        file = self.faults / fault
+        self.wait(f"fault {fault}", file.exists, deadline_s)
+        return file.stat().st_mtime
+
+    def hurry(self) -> None:
+        """Rewards that are `paced` come at once from now on."""
+        (self.faults / "hurry").touch()
 
     def kill(self, processes: Sequence[psutil.Process], number: int = signal.SIGKILL) -> float:
         """Send a signal; when, in seconds of the clock."""

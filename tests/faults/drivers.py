@@ -7,7 +7,17 @@ import time
 
 import psutil
 
-from tests.faults.lab import LOCKSTEP, Lab, Outcome, end_well, fault, first_event, since
+from tests.faults.lab import (
+    ALONE,
+    LOCKSTEP,
+    Lab,
+    Outcome,
+    end_well,
+    fault,
+    first_event,
+    require_clean,
+    since,
+)
 
 
 @fault(
@@ -27,7 +37,9 @@ def kill_driver(lab: Lab) -> Outcome:
         run.start()
         resumed = first_event(run, start, 300, what="resumed")
         end_well(run, start)
-        assert run.weights() == lab.reference(), "other weights than an uninterrupted run's"
+        assert run.weights() == lab.reference(*LOCKSTEP), (
+            "other weights than an uninterrupted run's"
+        )
         note = f"resumed at step {resumed['step']}; equal weights"
         return Outcome(ended, since(start, resumed), run.lost(), note)
 
@@ -48,7 +60,7 @@ def kill_at_every_step(lab: Lab) -> Outcome:
             _wait_for_orphans(run)
         run.start()
         end_well(run, start)
-        assert run.weights() == lab.reference()
+        assert run.weights() == lab.reference(*LOCKSTEP)
         return Outcome(None, time.time() - start, run.lost(), "3 kills; equal weights")
 
 
@@ -58,7 +70,7 @@ def kill_at_every_step(lab: Lab) -> Outcome:
     "finished groups are found again, the others are asked for again; nothing is trained twice",
 )
 def kill_driver_in_flight(lab: Lab) -> Outcome:
-    with lab.run("max_staleness=2", "steps=6") as run:
+    with lab.run(*ALONE, "max_staleness=2", "steps=6") as run:
         run.start()
         run.wait_for_step(2)
         start = run.kill([run.driver])
@@ -70,6 +82,29 @@ def kill_driver_in_flight(lab: Lab) -> Outcome:
         end_well(run, start)
         return Outcome(
             None, since(start, resumed), run.lost(), f"{kept} finished groups found again"
+        )
+
+
+@fault(
+    "15",
+    "SIGTERM of the run, as on preemption",
+    "exits 130 within seconds, leaves no process; the same command goes on where it was",
+)
+def preempt(lab: Lab) -> Outcome:
+    with lab.run(*LOCKSTEP) as run:
+        run.start()
+        run.wait_for_step(1)
+        start = run.kill([run.driver], signal.SIGTERM)
+        end = run.finish(30)
+        ended = time.time() - start
+        assert end.status == 130, end.output[-2000:]
+        require_clean(run)
+        run.start()
+        resumed = first_event(run, start, 300, what="resumed")
+        end_well(run, start)
+        assert run.weights() == lab.reference(*LOCKSTEP)
+        return Outcome(
+            ended, since(start, resumed), run.lost(), "weights equal an uninterrupted run's"
         )
 
 
@@ -92,7 +127,7 @@ def kill_head(lab: Lab) -> Outcome:
         run.start()
         resumed = first_event(run, start, 300, what="resumed")
         end_well(run, start)
-        assert run.weights() == lab.reference()
+        assert run.weights() == lab.reference(*LOCKSTEP)
         return Outcome(ended, since(start, resumed), run.lost(), "equal weights")
 
 

@@ -62,10 +62,10 @@ class Lab:
     root: Path
     model: Path
     backend: str = "vllm"
-    """Of the rollout workers; `transformers` starts sooner, where they are not what is tried."""
+    """Of the rollout workers where they are what is tried."""
     prompts: Path = field(init=False)
     _made: int = 0
-    _reference: str | None = None
+    _references: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompts = self.root / "prompts.jsonl"
@@ -73,10 +73,11 @@ class Lab:
         self.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     @contextmanager
-    def run(self, *settings: str) -> Iterator[AlignRun]:
-        """A run directory; nothing of it is left running afterwards."""
+    def run(self, *settings: str, swift: bool = True) -> Iterator[AlignRun]:
+        """A run directory; nothing of it is left running afterwards. `swift`: engines are not what
+        is tried, so they may be such as start at once."""
         self._made += 1
-        backend = f"rollout.backend={self.backend}"
+        backend = f"rollout.backend={'transformers' if swift else self.backend}"
         place = self.root / f"run-{self._made}"
         run = AlignRun(place, self.model, self.prompts, backend, *settings)
         try:
@@ -84,18 +85,24 @@ class Lab:
         finally:
             run.stop()
 
-    def reference(self) -> str:
-        """Final weights of a lockstep run that nothing happened to."""
-        if self._reference is None:
-            with self.run(*LOCKSTEP) as run:
+    def reference(self, *settings: str) -> str:
+        """Final weights of a lockstep run with such settings that nothing happened to."""
+        if settings not in self._references:
+            with self.run(*settings) as run:
                 end = run.start().finish()
                 assert end.status == 0, end.output[-3000:]
-                self._reference = run.weights()
-        return self._reference
+                self._references[settings] = run.weights()
+        return self._references[settings]
 
 
-LOCKSTEP = ("max_staleness=0",)
+ALONE = ("rollout.count=1", "learner.count=1")
+"""As few processes as a run can have."""
+
+LOCKSTEP = ("max_staleness=0", *ALONE)
 """The same to the bit, every time."""
+
+RANKS = ("max_staleness=0", "rollout.count=1", "learner.count=2")
+"""The same with two ranks."""
 
 
 def since(start: float, row: dict[str, Any]) -> float:

@@ -9,27 +9,36 @@ import time
 import psutil
 
 from tests.faults.align_run import AlignRun
-from tests.faults.lab import Lab, Outcome, end_well, fault, first_event, since
+from tests.faults.lab import RANKS, Lab, Outcome, end_well, fault, first_event, since
 
 
 def _rank(run: AlignRun, rank: int) -> psutil.Process:
     return run.wait(f"rank {rank}", lambda: run.processes("LearnerWorker"), 60)[rank]
 
 
-def _lose(lab: Lab, rank: int, number: int, *settings: str, deadline_s: float) -> Outcome:
-    with lab.run("max_staleness=0", *settings) as run:
+def _lose(lab: Lab, rank: int, number: int, deadline_s: float = 30) -> Outcome:
+    with lab.run(*RANKS) as run:
         run.start()
         run.wait_for_step(1)
         engines = {process.pid for process in run.processes("RolloutWorker")}
-        start = run.kill([_rank(run, rank)], number)
-        lost = first_event(run, start, deadline_s, what="lost", actor="learner")
-        restored = first_event(run, start, 300, what="restored")
-        alive = {process.pid for process in run.processes("RolloutWorker")}
-        assert engines == alive, "rollout workers did not stay up"
-        end_well(run, start)
-        assert run.weights() == lab.reference(), "other weights than an uninterrupted run's"
-        note = f"{lost['text']}; {restored['repeated']} updates repeated; equal weights"
-        return Outcome(since(start, lost), since(start, restored), run.lost(), note)
+        return _expect_restored(lab, run, run.kill([_rank(run, rank)], number), deadline_s, engines)
+
+
+def _expect_restored(
+    lab: Lab, run: AlignRun, start: float, deadline_s: float, engines: set[int]
+) -> Outcome:
+    """A rank was harmed: the group must be restored with everything else as it was, and reach the
+    same weights."""
+    lost = first_event(run, start, deadline_s, what="lost", actor="learner")
+    restored = first_event(run, start, 300, what="restored")
+    alive = {process.pid for process in run.processes("RolloutWorker")}
+    assert engines == alive, "rollout workers did not stay up"
+    end_well(run, start)
+    assert run.weights() == lab.reference(*RANKS), "other weights than an uninterrupted run's"
+    dumps = [file.read_text() for file in (run.stage.parent / "stacks").glob("*.txt")]
+    assert any("most recent call first" in text for text in dumps), "no stacks were kept"
+    note = f"{lost['text']}; {restored['repeated']} updates repeated; stacks kept; equal weights"
+    return Outcome(since(start, lost), since(start, restored), run.lost(), note)
 
 
 @fault(
@@ -38,26 +47,39 @@ def _lose(lab: Lab, rank: int, number: int, *settings: str, deadline_s: float) -
     "group restored, finished samples kept, engines stay up; weights equal to the bit",
 )
 def kill_last_rank(lab: Lab) -> Outcome:
-    return _lose(lab, 1, signal.SIGKILL, deadline_s=30)
+    return _lose(lab, 1, signal.SIGKILL)
 
 
 @fault("11", "SIGKILL of the first learner rank", "the same")
 def kill_first_rank(lab: Lab) -> Outcome:
-    return _lose(lab, 0, signal.SIGKILL, deadline_s=30)
+    return _lose(lab, 0, signal.SIGKILL)
 
 
 @fault(
     "12",
     "SIGSTOP of a learner rank",
-    "found within engine.timeout_s (8 s here), named, restored",
+    "found within engine.timeout_s (8 s here), named, stacks of all ranks kept, restored",
 )
 def freeze_rank(lab: Lab) -> Outcome:
     return _lose(lab, 1, signal.SIGSTOP, deadline_s=60)
 
 
-@fault("12b", "SIGSTOP of the first learner rank", "the same, by the others or by its deadline")
+@fault("12b", "SIGSTOP of the first learner rank", "the same")
 def freeze_first_rank(lab: Lab) -> Outcome:
-    return _lose(lab, 0, signal.SIGSTOP, "learner.deadline_s=20", deadline_s=60)
+    return _lose(lab, 0, signal.SIGSTOP, deadline_s=60)
+
+
+@fault(
+    "13",
+    "the thread of a rank that learns is blocked, its process alive",
+    "the others' collective runs into engine.timeout_s (8 s here); named, stacks kept, restored",
+)
+def block_training(lab: Lab) -> Outcome:
+    with lab.run(*RANKS) as run:
+        run.start(RAYLIGN_FAULT="block_training")
+        start = run.struck("block")
+        engines = {process.pid for process in run.processes("RolloutWorker")}
+        return _expect_restored(lab, run, start, 60, engines)
 
 
 @fault(
@@ -66,7 +88,7 @@ def freeze_first_rank(lab: Lab) -> Outcome:
     "restored once more",
 )
 def kill_twice(lab: Lab) -> Outcome:
-    with lab.run("max_staleness=0") as run:
+    with lab.run(*RANKS) as run:
         run.start()
         run.wait_for_step(1)
         first = run.processes("LearnerWorker")
@@ -75,7 +97,7 @@ def kill_twice(lab: Lab) -> Outcome:
         lost = first_event(run, start, 30, what="lost", actor="learner")
         restored = first_event(run, start, 300, what="restored")
         end_well(run, start)
-        assert run.weights() == lab.reference()
+        assert run.weights() == lab.reference(*RANKS)
         return Outcome(since(start, lost), since(start, restored), run.lost(), "equal weights")
 
 
@@ -85,7 +107,7 @@ def kill_twice(lab: Lab) -> Outcome:
     "stops after learner.max_restarts with the first reason",
 )
 def crash_loop(lab: Lab) -> Outcome:
-    with lab.run("steps=40", "learner.max_restarts=2") as run:
+    with lab.run("steps=40", "rollout.count=1", "learner.max_restarts=2") as run:
         run.start()
         run.wait_for_step(1)
         start = time.time()
@@ -105,7 +127,7 @@ def crash_loop(lab: Lab) -> Outcome:
     "no rank takes the step; back to the last good checkpoint with other samples",
 )
 def poison_gradient(lab: Lab) -> Outcome:
-    with lab.run("steps=4", "optimizer.lr=1e30") as run:  # two steps, and nothing is finite
+    with lab.run("rollout.count=1", "optimizer.lr=1e30") as run:  # two steps, and nothing is finite
         start = time.time()
         end = run.start().finish()
         assert end.status == 2 and "after 2 rollbacks" in end.last, end.output[-2000:]

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
 
-from tests.faults import drivers, engines, learners, samples  # noqa: F401
+from tests.faults import drivers, engines, judges, learners, samples  # noqa: F401
 from tests.faults.lab import FAULTS, Fault, Lab, Outcome
 from tests.tiny_model import write_tiny_model
 

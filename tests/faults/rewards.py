@@ -15,6 +15,13 @@ def variety(completion: str, reference: str) -> dict[str, float]:
     return {"variety": len(set(completion.split())) / 16}
 
 
+def paced(completion: str, reference: str) -> dict[str, float]:
+    """`variety`, slowly, until somebody who waits for something else has seen it."""
+    if not Path(os.environ["RAYLIGN_FAULT_DIRECTORY"], "hurry").exists():
+        time.sleep(0.1)
+    return variety(completion, reference)
+
+
 def poison(completion: str, reference: str) -> Any:
     """Every kind of thing that is no reward, for one completion in three."""
     wrong = (math.nan, math.inf, -math.inf, None, "0.5", 1e309, [0.5], {"variety": math.nan}, {})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import time
 
-from tests.faults.lab import Lab, Outcome, end_well, fault
+from tests.faults.align_run import ROOT
+from tests.faults.lab import ALONE, Lab, Outcome, end_well, fault
 
 
 @fault(
@@ -14,7 +18,8 @@ from tests.faults.lab import Lab, Outcome, end_well, fault
     "those completions are set aside with their reason; the others are learned from",
 )
 def poison_rewards(lab: Lab) -> Outcome:
-    with lab.run("reward={source: 'tests.faults.rewards:poison', weights: {}}", "steps=2") as run:
+    source = "reward={source: 'tests.faults.rewards:poison', weights: {}}"
+    with lab.run(*ALONE, source, "steps=2") as run:
         start = time.time()
         end_well(run.start(), start)
         summary = run.summary()
@@ -31,15 +36,12 @@ def poison_rewards(lab: Lab) -> Outcome:
     "worker replaced, the group scored again; nothing is scored 0",
 )
 def break_rewards(lab: Lab) -> Outcome:
-    place = lab.root / f"breaks-{time.time_ns()}"
-    place.mkdir()
-    with lab.run(
-        "reward={source: 'tests.faults.rewards:break_down', timeout_s: 3}", "steps=3"
-    ) as run:
-        start = time.time()
-        run.start(RAYLIGN_FAULT_DIRECTORY=str(place))
+    source = "reward={source: 'tests.faults.rewards:break_down', timeout_s: 3}"
+    with lab.run(*ALONE, source, "steps=3") as run:
+        run.start()
+        start = run.struck("raise")
         _, seconds = end_well(run, start)
-        assert sorted(file.name for file in place.iterdir()) == [
+        assert sorted(file.name for file in run.faults.iterdir()) == [
             "exit",
             "hang",
             "raise",
@@ -66,3 +68,53 @@ def long_prompt(lab: Lab) -> Outcome:
         end = run.start().finish(60)
         assert end.status == 2 and "long.jsonl:2: prompt of 72 tokens" in end.last, end.last
         return Outcome(None, None, 0, end.last)
+
+
+@fault(
+    "9b",
+    "a file of prompts that is not UTF-8",
+    "refused by line before anything starts",
+)
+def foreign_prompts(lab: Lab) -> Outcome:
+    prompts = lab.root / "latin.jsonl"
+    prompts.write_bytes(
+        b'{"prompt": "w1", "reference": "1"}\n{"prompt": "caf\xe9", "reference": "1"}\n'
+    )
+    with lab.run(f"prompts={prompts}") as run:
+        end = run.start().finish(60)
+        assert end.status == 2 and "latin.jsonl:2: not UTF-8 (byte 0xe9)" in end.last, end.last
+        return Outcome(None, None, 0, end.last)
+
+
+@fault(
+    "9c",
+    "completions that are empty",
+    "scored as what they are, and learned from: their one token is the end",
+)
+def empty_completions(lab: Lab) -> Outcome:
+    tiny = ("steps=2", "prompts_per_step=8", "group_size=8", "sampling={max_tokens: 1}")
+    with lab.run(*ALONE, *tiny) as run:
+        start = time.time()
+        end_well(run.start(), start)
+        rows = [json.loads(line) for line in (run.done / "rollouts.jsonl").read_text().splitlines()]
+        empty = [row for row in rows if row["completion"] == ""]
+        assert len(rows) == 128 and empty
+        assert all(row["reward"] == 0 for row in empty)
+        return Outcome(None, None, run.lost(), f"{len(empty)} of {len(rows)} were empty")
+
+
+@fault(
+    "31",
+    "completions whose code attacks: connections, files, processes, memory, forged verdicts",
+    "all held by the sandbox; the next sample is judged as ever",
+)
+def attack_sandbox(lab: Lab) -> Outcome:
+    command = [sys.executable, "-m", "pytest", "tests/rewards/test_sandbox.py", "-q", "-rs"]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed, done.stdout[-2000:]
+    assert "kernel cannot confine" not in done.stdout, "nothing was tried on this kernel"
+    seconds = time.monotonic() - start
+    note = f"{passed[1]} tests of tests/rewards/test_sandbox.py in {seconds:.0f} s, 0 escapes"
+    return Outcome(None, None, 0, note)

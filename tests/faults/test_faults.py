@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import drivers, engines, learners, samples  # noqa: F401  (they enter their rows)
+from tests.faults import drivers, engines, judges, learners, samples  # noqa: F401  (they enter their rows)
 from tests.faults.lab import FAULTS, Fault, Lab
 
 

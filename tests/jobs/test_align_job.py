@@ -58,6 +58,13 @@ def test_a_malformed_row_is_named_by_line(tiny_model: Path, tmp_path: Path, row:
         read_prompts(file, load_tokenizer(tiny_model), 64, 8)
 
 
+def test_prompts_of_another_encoding_are_named_by_line(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'{"prompt": "w1", "reference": "1"}\n{"prompt": "\xe9", "reference": "1"}\n')
+    with pytest.raises(UserError, match=r"p.jsonl:2: not UTF-8 \(byte 0xe9\); save the file"):
+        read_prompts(file, load_tokenizer(tiny_model), 64, 8)
+
+
 def test_no_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_prompts(tmp_path / "none.jsonl", load_tokenizer(tiny_model), 64, 8)
