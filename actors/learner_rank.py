@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from actors.broadcast import Broadcast, Loss
 from actors.processes import Process, describe_process
 from actors.transports import Transport
 from actors.weights import (
@@ -65,6 +66,8 @@ class RankReport:
     learned: Learned
     start: float
     end: float
+    lost: tuple[Loss, ...] = ()
+    """Workers that a broadcast of weights went on without, since the last report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +205,7 @@ class LearnerWorker:
             algorithm,
             coefficients,
             temperature=config.sampling.temperature or 1.0,
-            max_tokens=config.sampling.max_tokens,
+            max_tokens=config.longest,
             sample=config.mismatch_sample,
         )
         self._learner = PolicyLearner(engine, method, scores, critic, pad_id(self._tokenizer))
@@ -216,7 +219,9 @@ class LearnerWorker:
             learned = self._learner.update(task.trajectories, task.share, task.whole, task.rates)
         except Divergence as error:
             return Diverged(error.reason, error.rows)
-        return RankReport(learned, start, time.time())
+        sender = self._transport
+        lost = sender.take_losses() if isinstance(sender, Broadcast) else ()
+        return RankReport(learned, start, time.time(), lost)
 
     def publish(self, sequences: Sequence[tuple[int, ...]]) -> WeightManifest | None:
         """The first rank's manifest of the current version, with `sequences` as canary."""

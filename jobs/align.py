@@ -164,9 +164,8 @@ async def _learn(
         partial(spell_tokens, tokenizer),
     )
     placement = place(config)
-    longest = config.sampling.max_tokens
     scorer = await hire_scorer(
-        config.reward, config.judge, model, longest, files.stage, own, "align"
+        config.reward, config.judge, model, config.longest, files.stage, own, "align"
     )
     crew = Crew(
         rollouts=_hire_rollouts(config, model, placement, context, own, journal),

@@ -139,6 +139,12 @@ class AlignConfig(Section):
     on."""
     checkpoints: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a completion may have of the policy's own, over all turns."""
+        turns = 1 if self.environment.source is None else self.environment.max_turns
+        return turns * self.sampling.max_tokens
+
     @model_validator(mode="after")
     def _check_engine(self) -> AlignConfig:
         for key in ("tensor_parallel", "pipeline_parallel", "sequence_parallel"):

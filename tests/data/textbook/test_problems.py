@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from raylign.config import TextbookConfig, UserError
 from raylign.data.decontamination.index import build_index, list_needles
 from raylign.data.textbook.arithmetic import MENTAL, hold_out
 from raylign.data.textbook.problems import Problems, draw_problems, write_problems
+from raylign.environments.calculator import calculate
 
 CONFIG = TextbookConfig(exercises=3000, prompts=200, held_out=100)
 
@@ -33,6 +35,33 @@ def test_last_share_serves_longer_operands() -> None:
     for row in draw_problems(config, 0).exercises:
         worked = MENTAL not in row["messages"][1]["content"]
         assert worked == (len(row["key"].split()[0]) > 1)
+
+
+def test_tool_share_is_that_of_the_larger_operands_digits_and_comes_first() -> None:
+    shares = {"exercise_tool_share": (0.8, 0.5, 0.0), "exercise_worked_share": (0.0, 0.6)}
+    called: Counter[int] = Counter()
+    worked: Counter[int] = Counter()
+    total: Counter[int] = Counter()
+    for row in draw_problems(CONFIG.model_copy(update=shares), 0).exercises:
+        digits, answer = len(row["key"].split()[0]), row["messages"][1]
+        total[digits] += 1
+        called[digits] += "tool_calls" in answer
+        worked[digits] += "ones:" in answer["content"]
+        if "tool_calls" in answer:
+            [call] = answer["tool_calls"]
+            expression = call["function"]["arguments"]["expression"]
+            assert expression == row["key"].replace(" ", "")
+            assert str(calculate(expression)) == row["messages"][2]["content"]
+    for digits, (tool, shown) in enumerate([(0.8, 0.0), (0.5, 0.3), (0.0, 0.6)], start=1):
+        assert called[digits] / total[digits] == pytest.approx(tool, abs=0.06)
+        assert worked[digits] / total[digits] == pytest.approx(shown, abs=0.06)
+
+
+def test_demonstrations_without_a_tool_are_what_they_were() -> None:
+    """What runs of earlier versions were made from can be made again."""
+    drawn = draw_problems(CONFIG, 0)
+    digest = hashlib.sha256(json.dumps(drawn.exercises).encode()).hexdigest()
+    assert digest == "97f443f6e429560e74eb3876ca7b1ff516624b1fb5235debe13ea09658f61a90"
 
 
 def test_drawing_depends_on_the_seed_alone() -> None:
