@@ -1,16 +1,20 @@
-"""All rows of the fault table, one after another: `python -m tests.faults.report [NUMBER ...]`.
+"""Rows of the fault table, one after another: `python -m tests.faults.report [NUMBER ...]`.
 
-Writes `docs/reliability.md` when all rows are tried. Needs an otherwise idle machine of two cores,
-and about half an hour.
+Writes what came of them into `docs/reliability.md`; rows that were not tried this time stay as they
+were, each with the day on which it was tried last. All of them take half an hour on an otherwise
+idle machine of two cores.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,37 +26,41 @@ from tests.faults.lab import FAULTS, Fault, Lab, Outcome
 from tests.tiny_model import write_tiny_model
 
 PAGE = ROOT / "docs" / "reliability.md"
+LONGEST_NOTE = 240
 HEAD = """# What happens when something breaks
 
-Written by `make faults` ({date}, {machine}). Each row is a real run of `jobs.align` (Ray, vLLM,
-learner ranks on gloo) on a tiny model, in which the fault is caused from outside. *Detected* and
-*recovered* count from the fault: until the run said what was wrong, and until the lost part was at
-work again or the run had ended as it should. *Lost* counts completions that were asked for and are
-neither trained, nor dropped with a reason, nor in flight.
+Written by `make faults` (one row: `make faults ARGS=14`), last on {machine}. Each row is a real run
+of `jobs.align` (Ray, rollout workers, learner ranks on gloo) on a tiny model, in which the fault is
+caused from outside, or by code that the run does not know of (`tests/faults/sabotage/`). Where
+engines are what is tried they are vLLM's. *Detected* and *recovered* count from the fault: until
+the run said what was wrong, and until the lost part was at work again or the run had ended as it
+should. *Lost* counts completions that were asked for and are neither trained, nor dropped with a
+reason, nor in flight. Times depend on the machine, and on what else it does.
 
-| # | fault | what must happen | held | detected, s | recovered, s | lost | seen |
-|---|---|---|---|---|---|---|---|
+{held} of {tried} rows that were tried held{untried}.
+
+| # | fault | what must happen | held | detected, s | recovered, s | lost | seen | tried on |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
 def main(numbers: list[str]) -> int:
-    """Try rows; status 1 when one did not hold."""
+    """Try rows, all without `numbers`; status 1 when one did not hold."""
+    known = {row.number for row in FAULTS}
+    if unknown := sorted(set(numbers) - known):
+        sys.stderr.write(f"no row {', '.join(unknown)}; there are {', '.join(sorted(known))}\n")
+        return 2
     chosen = [row for row in FAULTS if not numbers or row.number in numbers]
-    lines, failed = [], 0
+    failed = 0
     with tempfile.TemporaryDirectory() as name:
         lab = Lab(Path(name), write_tiny_model(Path(name) / "model"))
         for row in chosen:
             outcome, trouble = attempt(row, lab)
             failed += outcome is None
-            line = format_row(row, outcome, trouble)
-            lines.append(line)
+            line = format_row(row, outcome, trouble.replace(name, "..."))
             sys.stdout.write(line)
             sys.stdout.flush()
-    if not numbers:
-        machine = f"{platform.machine()}, {platform.system()} {platform.release()}"
-        head = HEAD.format(date=datetime.now(UTC).date(), machine=machine)
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(head + "".join(lines), encoding="utf-8")
+            write_page(PAGE, {row.number: line})
     return 1 if failed else 0
 
 
@@ -68,18 +76,48 @@ def attempt(row: Fault, lab: Lab) -> tuple[Outcome | None, str]:
         return None, str(error).splitlines()[0] if str(error) else type(error).__name__
     finally:
         sys.stderr.write(f"{row.number}: {time.monotonic() - started:.0f} s\n")
-    return outcome, ""
+    return outcome, outcome.note.replace(str(lab.root), "...")
 
 
-def format_row(row: Fault, outcome: Outcome | None, trouble: str) -> str:
+def format_row(row: Fault, outcome: Outcome | None, note: str) -> str:
     """A line of the table."""
-    if outcome is None:
-        cells = [row.number, row.title, row.expected, "**no**", "", "", "", trouble]
-    else:
-        times = ["" if s is None else f"{s:.1f}" for s in (outcome.detected_s, outcome.recovered_s)]
-        held = [row.number, row.title, row.expected, "yes", *times, str(outcome.lost)]
-        cells = [*held, outcome.note]
+    held, times, lost = "**no**", ["", ""], ""
+    if outcome is not None:
+        both = (outcome.detected_s, outcome.recovered_s)
+        held, times = "yes", ["" if s is None else f"{s:.1f}" for s in both]
+        lost = str(outcome.lost)
+    seen = note if len(note) <= LONGEST_NOTE else note[: LONGEST_NOTE - 3] + "..."
+    today = str(datetime.now(UTC).date())
+    cells = [row.number, row.title, row.expected, held, *times, lost, seen, today]
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |\n"
+
+
+def write_page(page: Path, lines: dict[str, str]) -> None:
+    """Put lines, by their row's number, in place of those that the page has."""
+    numbers = {row.number for row in FAULTS}
+    found = {}
+    if page.is_file():
+        for line in page.read_text(encoding="utf-8").splitlines(keepends=True):
+            cells = line.split(" | ")
+            number = cells[0].removeprefix("| ")
+            if len(cells) == 9 and number in numbers:
+                found[number] = line
+    found |= lines
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    missing = sort_numbers(numbers - set(found))
+    head = HEAD.format(
+        machine=machine,
+        held=sum(line.split(" | ")[3] == "yes" for line in found.values()),
+        tried=len(found),
+        untried=f"; not tried yet: {', '.join(missing)}" if missing else "",
+    )
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(head + "".join(found[n] for n in sort_numbers(found)), encoding="utf-8")
+
+
+def sort_numbers(numbers: Iterable[str]) -> list[str]:
+    """As the table has them: 9, 9b, 10."""
+    return sorted(numbers, key=lambda n: (int(re.findall(r"\d+", n)[0]), n))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import drivers, engines, judges, learners, samples  # noqa: F401  (they enter their rows)
-from tests.faults.lab import FAULTS, Fault, Lab
+from tests.faults.lab import FAULTS, Fault, Lab, Outcome
+from tests.faults.report import format_row, write_page
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,17 @@ def test_nothing_is_lost_by(row: Fault, lab: Lab) -> None:
 def test_rows_have_numbers_of_their_own() -> None:
     numbers = [row.number for row in FAULTS]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_the_page_keeps_rows_that_were_not_tried_again(tmp_path: Path) -> None:
+    page, (first, second, *_) = tmp_path / "docs" / "page.md", FAULTS
+    write_page(page, {first.number: format_row(first, None, "it | broke")})
+    write_page(page, {second.number: format_row(second, Outcome(1.0, 2.25, 0, "seen"), "seen")})
+    text = page.read_text()
+    assert "1 of 2 rows that were tried held; not tried yet: " in text
+    assert f"| {first.number} | {first.title} | " in text and "| it / broke |" in text
+    write_page(page, {first.number: format_row(first, Outcome(None, None, 0, ""), "")})
+    text = page.read_text()
+    assert (
+        "2 of 2 rows" in text and "broke" not in text and "| yes | 1.0 | 2.2 | 0 | seen |" in text
+    )
