@@ -11,6 +11,7 @@ falls silent; either is named and left out, and the session is made again with t
 from __future__ import annotations
 
 import logging
+import queue
 import secrets
 import socket
 import threading
@@ -65,7 +66,7 @@ class _Member:
 class Broadcast:
     """The learner's side: staged buckets, and a thread that sends them to whoever asks.
 
-    `lost` lists the workers that were given up, by name. The last two versions are held.
+    `take_losses` lists the workers that were given up, by name. The last two versions are held.
     """
 
     name = "broadcast"
@@ -75,7 +76,7 @@ class Broadcast:
     ) -> None:
         """host: the address under which workers reach this process. deadline_s: of a worker that
         wants a version; one that makes no progress for a quarter of it is left out."""
-        self.lost: list[Loss] = []
+        self._lost: queue.SimpleQueue[Loss] = queue.SimpleQueue()
         self._host, self._on_card = host, on_card
         self._deadline_s, self._stall_s = deadline_s, deadline_s / 4
         self._token = secrets.token_hex(16)
@@ -127,6 +128,10 @@ class Broadcast:
         with self._busy:
             self._staged[version] = tuple(laid)
         return tuple(laid)
+
+    def take_losses(self) -> tuple[Loss, ...]:
+        """Those that sessions went on without, since the last call."""
+        return tuple(self._lost.get() for _ in range(self._lost.qsize()))
 
     def close(self) -> None:
         self._closed.set()
@@ -195,7 +200,7 @@ class Broadcast:
                 if member.connection.closed
                 else f"made no progress for {self._stall_s:.0f} s"
             )
-            self.lost.append(Loss(member.name, version, reason))
+            self._lost.put(Loss(member.name, version, reason))
             log.warning(
                 "broadcast of version %d goes on without %s: %s", version, member.name, reason
             )

@@ -71,6 +71,9 @@ class DurableLearner:
         assert batch.step == self._step, f"step {batch.step} follows {self._step}"
         report = await self._hold(lambda: self._group.update(as_step(batch)))
         self._step += 1
+        for loss in report.lost:
+            told = {"version": loss.version, "text": loss.reason}
+            self._journal.event(actor=loss.worker, what="left_out", **told)
         return report
 
     async def publish(self) -> WeightManifest:

@@ -19,6 +19,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.broadcast import Loss
 from actors.learner_rank import Diverged, LearnerTask, LearnerWorker, resolve_algorithm
 from actors.processes import Process, end_process
 from actors.ranks import LearnerLost, ask_ranks
@@ -70,6 +71,8 @@ class LearnerReport:
     end: float
     token_advantages: dict[int, np.ndarray] = field(default_factory=dict)
     """float32 [T] of some trajectories whose tokens do not all have the same."""
+    lost: tuple[Loss, ...] = ()
+    """Workers that a broadcast of weights went on without, since the last update."""
 
 
 class LearnerGroup:
@@ -138,6 +141,7 @@ class LearnerGroup:
             gaps={row: gap for one in learned for row, gap in sorted(one.gaps.items())},
             start=min(report.start for report in reports),
             end=max(report.end for report in reports),
+            lost=reports[0].lost,
             token_advantages={
                 row: each for one in learned for row, each in one.token_advantages.items()
             },

@@ -87,7 +87,10 @@ def main() -> None:
     group.publish(6)
     group.publish(7)
     found["gone version"] = group.sync(manifest, "a")
-    found["lost"] = [[loss.worker, loss.version, loss.reason] for loss in group.learner.lost]
+    found["lost"] = [
+        [loss.worker, loss.version, loss.reason] for loss in group.learner.take_losses()
+    ]
+    assert not group.learner.take_losses(), "each is told once"
     manifest = group.publish(8)
     group.learner.close()
     found["gone learner"] = group.sync(manifest, "ad")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 # An actor that does two things at once is shown doing the first of these.
 ACTIVITIES = ("sync", "save", "learn", "generate", "score", "wait")
 # What befalls an actor at one moment: trouble, and what happens to all of them when all is well.
-TROUBLE = frozenset({"lost", "late", "sink_off", "journal_lost", "collapse", "diverged"})
+TROUBLE = frozenset(
+    {"lost", "late", "sink_off", "journal_lost", "collapse", "diverged", "left_out"}
+)
 ORDINARY = frozenset({"started", "serves"})
 
 Spans = list[tuple[float, float]]
