@@ -204,7 +204,8 @@ class Dispatcher:
         kept: tuple[Trajectory, ...] = ()
         if rollout.trajectories:
             scores = await self._scorer.score(rollout.trajectories, request.prompt)
-            self._note("score", scores.worker, scores.start, scores.end, step)
+            for span in ((scores.worker, scores.start, scores.end), *scores.others):
+                self._note("score", *span, step)
             kept = tuple(scores.scored.kept)
             rejected += scores.scored.rejected
         missing = request.count - len(kept) - len(rejected)

@@ -78,7 +78,11 @@ class DurableLearner:
 
     async def publish(self) -> WeightManifest:
         """The current version, ready to be pulled."""
-        return await self._hold(self._group.publish)
+        start = time.time()
+        manifest = await self._hold(self._group.publish)
+        done = {"start": start, "end": time.time(), "version": manifest.version}
+        self._journal.event(actor="learner", what="sync", **done)
+        return manifest
 
     async def save(self, progress: Mapping[str, Any]) -> list[Event]:
         """A checkpoint of the current version; what became of those before."""

@@ -33,6 +33,10 @@ _JOIN_S = 120.0
 _GROWTH = 1 << 30
 
 
+Span = tuple[str, float, float]
+"""Who, from when to when."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """A scored group, and when and where."""
@@ -41,6 +45,8 @@ class Scores:
     worker: str
     start: float
     end: float
+    others: tuple[Span, ...] = ()
+    """Who else scored it, from when to when."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.placement import place_reward, require_room
-from actors.reward import RewardPool, Scores
+from actors.reward import RewardPool, Scores, Span
 from raylign.config import RewardConfig
 from raylign.records import Prompt, Trajectory
 from raylign.rewards.outcomes import Measured, Rejection, Scored, read_batch
@@ -75,10 +75,10 @@ class CompositeScorer:
         start = time.time()
         if not trajectories:
             return Scores(Scored([], []), "reward", start, time.time())
-        worker, measured = await self._measure(trajectories, prompt)
+        spans, measured = await self._measure(trajectories, prompt)
         scored = add_up(self._config, trajectories, measured)
         kept = shape(scored.kept, self._config.shaping, self._longest)
-        return Scores(Scored(kept, scored.rejected), worker, start, time.time())
+        return Scores(Scored(kept, scored.rejected), *spans[0], tuple(spans[1:]))
 
     def settle(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """A step's trajectories with their final totals; to be called once for each step."""
@@ -126,23 +126,35 @@ class CompositeScorer:
 
     async def _measure(
         self, trajectories: tuple[Trajectory, ...], prompt: Prompt
-    ) -> tuple[str, dict[str, list[Measured]]]:
-        """Who measured, and what every source says; reward workers and judges at the same time."""
-        tasks: list[asyncio.Task[Any]] = []
+    ) -> tuple[list[Span], dict[str, list[Measured]]]:
+        """Who measured when, and what every source says; reward workers and judges at the same
+        time."""
+        tasks: list[asyncio.Task[tuple[Span, dict[str, list[Measured]]]]] = []
         if self._workers is not None:
-            tasks.append(asyncio.create_task(self._workers.measure(trajectories, prompt)))
+            tasks.append(
+                asyncio.create_task(self._ask_workers(self._workers, trajectories, prompt))
+            )
         if self._judge is not None:
-            tasks.append(asyncio.create_task(self._judge.measure(trajectories, prompt)))
+            tasks.append(asyncio.create_task(self._ask_judge(self._judge, trajectories, prompt)))
         try:
             found = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()  # of those that are done, nothing
         measured: dict[str, list[Measured]] = {}
-        worker = "judge"
-        if self._workers is not None:
-            worker, measured = found[0].worker, dict(found[0].measured)
-        if self._judge is not None:
-            verdicts = read_batch(trajectories, found[-1], "judge")
-            measured |= {name: verdicts for name in self._judged}
-        return worker, measured
+        for _, one in found:
+            measured |= one
+        return [span for span, _ in found], measured
+
+    async def _ask_workers(
+        self, workers: RewardPool, trajectories: tuple[Trajectory, ...], prompt: Prompt
+    ) -> tuple[Span, dict[str, list[Measured]]]:
+        found = await workers.measure(trajectories, prompt)
+        return (found.worker, found.start, found.end), dict(found.measured)
+
+    async def _ask_judge(
+        self, judge: Judge, trajectories: Sequence[Trajectory], prompt: Prompt
+    ) -> tuple[Span, dict[str, list[Measured]]]:
+        start = time.time()
+        verdicts = read_batch(trajectories, await judge.measure(trajectories, prompt), "judge")
+        return ("judge", start, time.time()), {name: verdicts for name in self._judged}

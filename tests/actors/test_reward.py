@@ -166,12 +166,13 @@ def test_workers_come_and_go_while_groups_wait(start: Start) -> None:
 class Judge:
     """Says what it was told to."""
 
-    def __init__(self, says: list[Any]) -> None:
-        self.says, self.stopped = says, False
+    def __init__(self, says: list[Any], seconds: float = 0.0) -> None:
+        self.says, self.seconds, self.stopped = says, seconds, False
 
     async def measure(
         self, trajectories: tuple[Trajectory, ...], prompt: Prompt
     ) -> list[float | Rejection]:
+        await asyncio.sleep(self.seconds)
         return self.says
 
     async def scale(self, count: int) -> str:
@@ -179,6 +180,15 @@ class Judge:
 
     def stop(self) -> None:
         self.stopped = True
+
+
+def test_a_worker_is_not_busy_while_the_judge_thinks(start: Start) -> None:
+    parts = {"long": {"source": "hostile_rewards:hostile"}, "liked": {"source": "judge"}}
+    _, scorer = start(Judge([0.5], seconds=1.5), parts=parts)
+    scores = asyncio.run(scorer.score((make("slow"),), PROMPT))  # 0.4 s in the function
+    assert scores.worker == "reward-0" and 0.4 <= scores.end - scores.start < 1.4
+    [(who, begun, ended)] = scores.others
+    assert who == "judge" and ended - begun >= 1.4
 
 
 @pytest.mark.skipif(not survey_walls().complete, reason="kernel cannot confine")
