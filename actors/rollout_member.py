@@ -212,7 +212,7 @@ class Member:
             if pulse.broken:
                 raise Stalled(pulse.broken)
             if now - self._progress > stall_s:
-                raise Stalled(f"no token in {stall_s:g} s, with {len(self.work)} requests")
+                raise Stalled(f"no token in {stall_s:g} s, with {self._list_work()}")
             self._find_lost(now, stall_s, pulse.busy)
 
     def _find_lost(self, now: float, patience_s: float, busy: bool) -> None:
@@ -227,6 +227,11 @@ class Member:
                     f"prompt {prompt}: neither answered nor given back within {patience_s:g} s of "
                     "its deadline"
                 )
+
+    def _list_work(self) -> str:
+        prompts = sorted({work.request.prompt.id for work in self.work.values()})
+        more = ", ..." if len(prompts) > 3 else ""
+        return f"{len(self.work)} requests (of prompt {', '.join(prompts[:3])}{more})"
 
     async def withdraw(self, keys: Iterable[str]) -> None:
         """Have it stop requests; what is there of them comes by pulse."""

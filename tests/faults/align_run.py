@@ -190,6 +190,10 @@ class AlignRun:
             f"step {step}", lambda: any(row["step"] >= step for row in self.metrics()), deadline_s
         )
 
+    def arm(self, fault: str) -> None:
+        """Let a fault of `sabotage` happen, once, from now on."""
+        (self.faults / f"arm-{fault}").touch()
+
     def struck(self, fault: str, deadline_s: float = START_S) -> float:
         """When a fault of `sabotage` happened, in seconds of the clock; waits for it."""
         file = self.faults / fault

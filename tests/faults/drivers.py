@@ -7,131 +7,125 @@ import time
 
 import psutil
 
+from tests.faults.align_run import AlignRun
 from tests.faults.lab import (
     ALONE,
-    LOCKSTEP,
+    PACED,
     Lab,
     Outcome,
     end_well,
     fault,
+    faults,
     first_event,
     require_clean,
     since,
 )
 
+LOCKSTEP = (*ALONE, PACED, "max_staleness=0", "steps=6")
 
-@fault(
-    "14",
-    "SIGKILL of the run's own process",
-    "the same command goes on; weights equal an uninterrupted run's to the bit",
-    quick=True,
+
+@faults(
+    (
+        "15",
+        "SIGTERM of the run, as on preemption",
+        "exits 130 within seconds, leaves no process; the same command goes on where it was",
+    ),
+    (
+        "16",
+        "SIGKILL of Ray's head (GCS)",
+        "ends in bounded time; the same command goes on from disk",
+    ),
+    (
+        "14",
+        "SIGKILL of the run's own process",
+        "the same command goes on, with nothing edited",
+    ),
+    (
+        "26",
+        "the same run ended after every single step, in one of these ways",
+        "final weights equal an uninterrupted run's to the bit",
+    ),
 )
-def kill_driver(lab: Lab) -> Outcome:
+def end_run_at_every_step(lab: Lab, found: list[Outcome]) -> int:
     with lab.run(*LOCKSTEP) as run:
-        run.start()
-        run.wait_for_step(2)
-        start = run.kill([run.driver])
-        run.finish(30)
-        ended = time.time() - start
-        _wait_for_orphans(run)
-        run.start()
-        resumed = first_event(run, start, 300, what="resumed")
-        end_well(run, start)
-        assert run.weights() == lab.reference(*LOCKSTEP), (
-            "other weights than an uninterrupted run's"
-        )
-        note = f"resumed at step {resumed['step']}; equal weights"
-        return Outcome(ended, since(start, resumed), run.lost(), note)
-
-
-@fault(
-    "26",
-    "SIGKILL after every single step, one after another",
-    "final weights equal an uninterrupted run's to the bit",
-)
-def kill_at_every_step(lab: Lab) -> Outcome:
-    with lab.run(*LOCKSTEP) as run:
-        start = time.time()
-        for step in range(3):
+        began = start = time.time()
+        for step, stop in enumerate((_preempt, _kill_head, _kill, _kill, _kill)):
             run.start()
+            if step:
+                resumed = first_event(run, start, 300, what="resumed")
+                found[len(found) - 1] = _resume(found[-1], since(start, resumed), resumed["step"])
             run.wait_for_step(step)
-            run.kill([run.driver])
-            run.finish(30)
-            _wait_for_orphans(run)
+            start = time.time()
+            outcome = stop(run)
+            if step < 3:
+                found.append(outcome)
         run.start()
-        end_well(run, start)
-        assert run.weights() == lab.reference(*LOCKSTEP)
-        return Outcome(None, time.time() - start, run.lost(), "3 kills; equal weights")
+        run.hurry()
+        end_well(run, began)
+        assert run.weights() == lab.reference(*LOCKSTEP), "other weights"
+        found.append(Outcome(None, time.time() - began, "ended 5 times; equal weights"))
+        return run.lost()
+
+
+def _resume(outcome: Outcome, seconds: float, step: int) -> Outcome:
+    if outcome.recovered_s is not None:
+        return outcome
+    return Outcome(outcome.detected_s, seconds, f"{outcome.note}; resumed at step {step}")
+
+
+def _preempt(run: AlignRun) -> Outcome:
+    start = run.kill([run.driver], signal.SIGTERM)
+    end = run.finish(60)
+    ended = time.time() - start
+    assert end.status == 130, end.output[-2000:]
+    require_clean(run)
+    return Outcome(ended, None, "exited 130")
+
+
+def _kill_head(run: AlignRun) -> Outcome:
+    heads = [p for p in run.left_behind() if "gcs_server" in " ".join(p.cmdline())]
+    assert heads
+    start = run.kill(heads)
+    end = run.finish(150)
+    ended = time.time() - start
+    assert end.status != 0
+    wait_for_orphans(run)
+    return Outcome(ended, None, f"exited {end.status}")
+
+
+def _kill(run: AlignRun) -> Outcome:
+    start = run.kill([run.driver])
+    run.finish(30)
+    ended = time.time() - start
+    wait_for_orphans(run)
+    return Outcome(ended, None, "all of its processes gone")
 
 
 @fault(
     "14b",
     "SIGKILL with samples in flight and learning a version behind",
     "finished groups are found again, the others are asked for again; nothing is trained twice",
+    quick=True,
 )
 def kill_driver_in_flight(lab: Lab) -> Outcome:
-    with lab.run(*ALONE, "max_staleness=2", "steps=6") as run:
+    with lab.run(*ALONE, PACED, "max_staleness=2", "steps=4") as run:
         run.start()
-        run.wait_for_step(2)
+        run.wait_for_step(0)
         start = run.kill([run.driver])
         run.finish(30)
-        _wait_for_orphans(run)
+        wait_for_orphans(run)
         kept = len(list((run.stage / ".groups").glob("*.safetensors")))
+        run.hurry()
         run.start()
         resumed = first_event(run, start, 300, what="resumed")
         end_well(run, start)
-        return Outcome(
-            None, since(start, resumed), run.lost(), f"{kept} finished groups found again"
-        )
+        summary = run.summary()
+        assert summary["trained"] <= 4 * 6 * 4, summary
+        note = f"{kept} finished groups found again"
+        return Outcome(None, since(start, resumed), note, run.lost())
 
 
-@fault(
-    "15",
-    "SIGTERM of the run, as on preemption",
-    "exits 130 within seconds, leaves no process; the same command goes on where it was",
-)
-def preempt(lab: Lab) -> Outcome:
-    with lab.run(*LOCKSTEP) as run:
-        run.start()
-        run.wait_for_step(1)
-        start = run.kill([run.driver], signal.SIGTERM)
-        end = run.finish(30)
-        ended = time.time() - start
-        assert end.status == 130, end.output[-2000:]
-        require_clean(run)
-        run.start()
-        resumed = first_event(run, start, 300, what="resumed")
-        end_well(run, start)
-        assert run.weights() == lab.reference(*LOCKSTEP)
-        return Outcome(
-            ended, since(start, resumed), run.lost(), "weights equal an uninterrupted run's"
-        )
-
-
-@fault(
-    "16",
-    "SIGKILL of Ray's head (GCS)",
-    "ends in bounded time; the same command goes on from disk",
-)
-def kill_head(lab: Lab) -> Outcome:
-    with lab.run(*LOCKSTEP) as run:
-        run.start()
-        run.wait_for_step(1)
-        heads = [p for p in run.left_behind() if "gcs_server" in " ".join(p.cmdline())]
-        assert heads
-        start = run.kill(heads)
-        end = run.finish(150)
-        ended = time.time() - start
-        assert end.status != 0
-        _wait_for_orphans(run)
-        run.start()
-        resumed = first_event(run, start, 300, what="resumed")
-        end_well(run, start)
-        assert run.weights() == lab.reference(*LOCKSTEP)
-        return Outcome(ended, since(start, resumed), run.lost(), "equal weights")
-
-
-def _wait_for_orphans(run) -> None:  # type: ignore[no-untyped-def]
+def wait_for_orphans(run: AlignRun) -> None:
     """Ray ends what belonged to a dead driver by itself; what it leaves is killed."""
     end = time.monotonic() + 15
     while run.left_behind() and time.monotonic() < end:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 
 from tests.faults.align_run import AlignRun
-from tests.faults.lab import ALONE, Lab, Outcome, end_well, fault, first_event, since
+from tests.faults.lab import ALONE, Lab, Outcome, end_well, faults, first_event, since
 from tests.inference.service import Asked, Service, Told, serve
 
 TROUBLES = (
@@ -27,7 +27,7 @@ def judged(service: Service, *settings: str) -> tuple[str, ...]:
     """Settings of a run whose completions are compared by `service`."""
     place = f"endpoint: '{service.url}', endpoint_model: m"
     judge = f"judge={{{place}, compare: true, timeout_s: 3, attempts: 2, concurrency: 8}}"
-    small = ("steps=3", "prompts_per_step=4", "checkpoint_every=1")
+    small = ("steps=8", "prompts_per_step=4", "checkpoint_every=1")
     return (*ALONE, "reward={source: judge, weights: {}}", judge, *small, *settings)
 
 
@@ -61,41 +61,36 @@ def add_up(run: AlignRun, name: str) -> float:
     return sum(float(row.get(f"judge/{name}", 0)) for row in run.metrics())
 
 
-@fault(
-    "30",
-    "a judge that answers 429, 500, late, malformed, biased by position, or drops the connection",
-    "asked again after a pause, both orders judged; contradictions are ties, silence is left out",
+@faults(
+    (
+        "30",
+        "a judge that answers 429, 500, late, malformed, biased by position, or hangs up",
+        "asked again after a pause, both orders judged; contradictions are ties, silence left out",
+    ),
+    (
+        "30b",
+        "a judge that goes away for good in mid-run",
+        "ends with a line that names it; once it is back, the same command goes on",
+    ),
 )
-def trouble_judge(lab: Lab) -> Outcome:
+def trouble_judge(lab: Lab, found: list[Outcome]) -> int:
     misbehave.seen = Counter()  # type: ignore[attr-defined]
     with serve(misbehave) as service, lab.run(*judged(service)) as run:
-        start = time.time()
-        end_well(run.start(), start)
+        run.start()
+        run.wait_for_step(2)
         counts = {name: add_up(run, name) for name in ("calls", "retries", "abstentions")}
         contradictions = add_up(run, "contradictions")
         assert all(counts.values()) and contradictions, (counts, contradictions)
         consistent = [row["judge/order_consistency"] for row in run.metrics()]
         assert all(0 < value < 1 for value in consistent), consistent
-        orders = Counter(tuple(shown(asked)) for asked in service.asked)
-        assert all(pair[::-1] in orders for pair in orders), "a pair was judged in one order only"
         told = ", ".join(f"{count:.0f} {name}" for name, count in counts.items())
         note = f"{told}, {contradictions:.0f} contradictions"
         note += f"; order consistency {min(consistent):.2f} to {max(consistent):.2f}"
-        return Outcome(None, None, run.lost(), note)
+        found.append(Outcome(None, None, note))
 
-
-@fault(
-    "30b",
-    "a judge that goes away for good in mid-run",
-    "ends with a line that names it; once it is back, the same command goes on",
-)
-def lose_judge(lab: Lab) -> Outcome:
-    with serve(prefer_variety) as service, lab.run(*judged(service, "steps=6")) as run:
-        run.start()
-        run.wait_for_step(1)
         start = time.time()
         service.tell = lambda asked: Told(dropped=True)
-        end = run.finish(120)
+        end = run.finish(240)
         ended = time.time() - start
         assert end.status == 2 and f"align.judge.endpoint={service.url}" in end.last, end.last
         service.tell = prefer_variety
@@ -103,4 +98,7 @@ def lose_judge(lab: Lab) -> Outcome:
         run.start()
         resumed = first_event(run, again, 300, what="resumed")
         end_well(run, again)
-        return Outcome(ended, since(again, resumed), run.lost(), end.last)
+        orders = Counter(tuple(shown(asked)) for asked in service.asked)
+        assert all(pair[::-1] in orders for pair in orders), "a pair was judged in one order only"
+        found.append(Outcome(ended, since(again, resumed), end.last))
+        return run.lost()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,67 @@ class Outcome:
     """From the fault until somebody said so; None where there is nothing to detect."""
     recovered_s: float | None
     """From the fault until work went on, or the run had ended as it should."""
-    lost: int
-    """Completions that nobody can account for."""
     note: str
     """What was seen."""
+    lost: int | None = None
+    """Completions that nobody can account for; None where the run was to end without its books."""
 
 
 @dataclass(frozen=True)
-class Fault:
+class Row:
     """A row of the table."""
 
     number: str
     title: str
     expected: str
-    cause: Callable[[Lab], Outcome]
-    quick: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Rows that are tried together: one run, to which one thing after another happens."""
+
+    rows: tuple[Row, ...]
+    cause: Callable[[Lab, list[Outcome]], int | None]
+    """Enters the outcome of each row into the list; returns what was lost in all."""
+    quick: bool = False
     """Part of every run of the tests."""
 
+    @property
+    def name(self) -> str:
+        return self.cause.__name__
 
-FAULTS: list[Fault] = []
+
+TRIALS: list[Trial] = []
 
 
 def fault(
     number: str, title: str, expected: str, quick: bool = False
 ) -> Callable[[Callable[[Lab], Outcome]], Callable[[Lab], Outcome]]:
-    """Enter a function into the table."""
+    """Enter a function into the table, which has a run of its own."""
 
     def enter(cause: Callable[[Lab], Outcome]) -> Callable[[Lab], Outcome]:
-        FAULTS.append(Fault(number, title, expected, cause, quick))
+        @wraps(cause)
+        def alone(lab: Lab, found: list[Outcome]) -> int | None:
+            found.append(cause(lab))
+            return found[0].lost
+
+        TRIALS.append(Trial((Row(number, title, expected),), alone, quick))
+        return cause
+
+    return enter
+
+
+def faults(
+    *rows: tuple[str, str, str],
+) -> Callable[
+    [Callable[[Lab, list[Outcome]], int | None]], Callable[[Lab, list[Outcome]], int | None]
+]:
+    """Enter a function that tries several rows on one run: all of them must hold."""
+
+    def enter(
+        cause: Callable[[Lab, list[Outcome]], int | None],
+    ) -> Callable[[Lab, list[Outcome]], int | None]:
+        TRIALS.append(Trial(tuple(Row(*row) for row in rows), cause))
         return cause
 
     return enter
@@ -89,20 +123,18 @@ class Lab:
         """Final weights of a lockstep run with such settings that nothing happened to."""
         if settings not in self._references:
             with self.run(*settings) as run:
+                run.hurry()
                 end = run.start().finish()
                 assert end.status == 0, end.output[-3000:]
                 self._references[settings] = run.weights()
         return self._references[settings]
 
 
+PACED = "reward.source=tests.faults.rewards:paced"
+"""Steps take seconds, until the run is told to `hurry`."""
+
 ALONE = ("rollout.count=1", "learner.count=1")
 """As few processes as a run can have."""
-
-LOCKSTEP = ("max_staleness=0", *ALONE)
-"""The same to the bit, every time."""
-
-RANKS = ("max_staleness=0", "rollout.count=1", "learner.count=2")
-"""The same with two ranks."""
 
 
 def since(start: float, row: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
 
 from tests.faults import drivers, engines, judges, learners, samples  # noqa: F401
-from tests.faults.lab import FAULTS, Fault, Lab, Outcome
+from tests.faults.lab import TRIALS, Lab, Outcome, Row, Trial
 from tests.tiny_model import write_tiny_model
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -46,46 +47,58 @@ reason, nor in flight. Times depend on the machine, and on what else it does.
 
 def main(numbers: list[str]) -> int:
     """Try rows, all without `numbers`; status 1 when one did not hold."""
-    known = {row.number for row in FAULTS}
-    if unknown := sorted(set(numbers) - known):
-        sys.stderr.write(f"no row {', '.join(unknown)}; there are {', '.join(sorted(known))}\n")
+    known = list_numbers()
+    if unknown := sorted(set(numbers) - set(known)):
+        sys.stderr.write(f"no row {', '.join(unknown)}; there are {', '.join(known)}\n")
         return 2
-    chosen = [row for row in FAULTS if not numbers or row.number in numbers]
+    chosen = [t for t in TRIALS if not numbers or {row.number for row in t.rows} & set(numbers)]
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         lab = Lab(Path(name), write_tiny_model(Path(name) / "model"))
-        for row in chosen:
-            outcome, trouble = attempt(row, lab)
-            failed += outcome is None
-            line = format_row(row, outcome, trouble.replace(name, "..."))
-            sys.stdout.write(line)
+        for trial in chosen:
+            lines, held = attempt(trial, lab)
+            failed += not held
+            sys.stdout.write("".join(lines.values()))
             sys.stdout.flush()
-            write_page(PAGE, {row.number: line})
+            write_page(PAGE, lines)
     return 1 if failed else 0
 
 
-def attempt(row: Fault, lab: Lab) -> tuple[Outcome | None, str]:
-    """What came of a row, or why it did not hold."""
-    started = time.monotonic()
-    sys.stderr.write(f"{row.number}: {row.title}\n")
+def attempt(trial: Trial, lab: Lab) -> tuple[dict[str, str], bool]:
+    """The lines of a trial's rows, and whether all held. Of one that did not, the row at which it
+    ended, for nothing is known of the others."""
+    started, found = time.monotonic(), list[Outcome]()
+    sys.stderr.write(f"{trial.name}: {', '.join(row.title for row in trial.rows)}\n")
     try:
-        outcome = row.cause(lab)
-        assert outcome.lost == 0, f"{outcome.lost} completions lost"
-    except Exception as error:  # the next row is tried all the same
+        lost = trial.cause(lab, found)
+        assert not lost, f"{lost} completions lost"
+        assert len(found) == len(trial.rows)
+    except Exception as error:  # the next trial is made all the same
         traceback.print_exc()
-        return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+        trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
+        row = trial.rows[min(len(found), len(trial.rows) - 1)]
+        return {row.number: format_row(row, None, trouble.replace(str(lab.root), "..."))}, False
     finally:
-        sys.stderr.write(f"{row.number}: {time.monotonic() - started:.0f} s\n")
-    return outcome, outcome.note.replace(str(lab.root), "...")
+        sys.stderr.write(f"{trial.name}: {time.monotonic() - started:.0f} s\n")
+    lines = {}
+    for row, outcome in zip(trial.rows, found, strict=True):
+        note = outcome.note.replace(str(lab.root), "...")
+        lines[row.number] = format_row(row, replace(outcome, lost=lost), note)
+    return lines, True
 
 
-def format_row(row: Fault, outcome: Outcome | None, note: str) -> str:
+def list_numbers() -> list[str]:
+    """Of all rows, as the table has them: 9, 9b, 10."""
+    return sort_numbers(row.number for trial in TRIALS for row in trial.rows)
+
+
+def format_row(row: Row, outcome: Outcome | None, note: str) -> str:
     """A line of the table."""
     held, times, lost = "**no**", ["", ""], ""
     if outcome is not None:
         both = (outcome.detected_s, outcome.recovered_s)
         held, times = "yes", ["" if s is None else f"{s:.1f}" for s in both]
-        lost = str(outcome.lost)
+        lost = "" if outcome.lost is None else str(outcome.lost)
     seen = note if len(note) <= LONGEST_NOTE else note[: LONGEST_NOTE - 3] + "..."
     today = str(datetime.now(UTC).date())
     cells = [row.number, row.title, row.expected, held, *times, lost, seen, today]
@@ -94,7 +107,7 @@ def format_row(row: Fault, outcome: Outcome | None, note: str) -> str:
 
 def write_page(page: Path, lines: dict[str, str]) -> None:
     """Put lines, by their row's number, in place of those that the page has."""
-    numbers = {row.number for row in FAULTS}
+    numbers = list_numbers()
     found = {}
     if page.is_file():
         for line in page.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -104,7 +117,7 @@ def write_page(page: Path, lines: dict[str, str]) -> None:
                 found[number] = line
     found |= lines
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
-    missing = sort_numbers(numbers - set(found))
+    missing = [number for number in numbers if number not in found]
     head = HEAD.format(
         machine=machine,
         held=sum(line.split(" | ")[3] == "yes" for line in found.values()),
@@ -116,7 +129,7 @@ def write_page(page: Path, lines: dict[str, str]) -> None:
 
 
 def sort_numbers(numbers: Iterable[str]) -> list[str]:
-    """As the table has them: 9, 9b, 10."""
+    """By the number, then by the letter."""
     return sorted(numbers, key=lambda n: (int(re.findall(r"\d+", n)[0]), n))
 
 

@@ -29,8 +29,8 @@ def poison(completion: str, reference: str) -> Any:
     return wrong[choice // 3 % len(wrong)] if choice % 3 == 0 else variety(completion, reference)
 
 
-def break_down(completion: str, reference: str) -> Any:
-    """Once a run each: raises, hangs, ends its process, and reads where it must not."""
+def misbehave(completion: str, reference: str) -> Any:
+    """`poison`; and, once a run each: raises, hangs, ends its process, reads where it must not."""
     place = Path(os.environ["RAYLIGN_FAULT_DIRECTORY"])
     for name in ("raise", "hang", "exit", "segfault"):
         try:
@@ -44,4 +44,4 @@ def break_down(completion: str, reference: str) -> Any:
         if name == "exit":
             os._exit(7)
         ctypes.string_at(0)
-    return variety(completion, reference)
+    return poison(completion, reference)

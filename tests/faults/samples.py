@@ -9,50 +9,40 @@ import sys
 import time
 
 from tests.faults.align_run import ROOT
-from tests.faults.lab import ALONE, Lab, Outcome, end_well, fault
+from tests.faults.lab import ALONE, Lab, Outcome, end_well, fault, faults
 
 
-@fault(
-    "28",
-    "rewards that are none: NaN, inf, None, text, lists, 1e309, nothing",
-    "those completions are set aside with their reason; the others are learned from",
+@faults(
+    (
+        "28",
+        "rewards that are none: NaN, inf, None, text, lists, 1e309, nothing",
+        "those completions are set aside with their reason; the others are learned from",
+    ),
+    (
+        "29",
+        "a reward function that raises, hangs, ends its process, and crashes it",
+        "worker replaced, the group scored again; nothing is scored 0",
+    ),
 )
-def poison_rewards(lab: Lab) -> Outcome:
-    source = "reward={source: 'tests.faults.rewards:poison', weights: {}}"
-    with lab.run(*ALONE, source, "steps=2") as run:
-        start = time.time()
-        end_well(run.start(), start)
-        summary = run.summary()
-        reasons = sorted(k for k in summary if k.startswith("dropped/"))
-        assert any("nan" in reason for reason in reasons), reasons
-        rows = [json.loads(line) for line in (run.done / "metrics.jsonl").read_text().splitlines()]
-        assert all(abs(row["reward/total"]) < 2 for row in rows)
-        return Outcome(None, None, run.lost(), f"{len(reasons)} reasons, all counted")
-
-
-@fault(
-    "29",
-    "a reward function that raises, hangs, ends its process, and crashes it",
-    "worker replaced, the group scored again; nothing is scored 0",
-)
-def break_rewards(lab: Lab) -> Outcome:
-    source = "reward={source: 'tests.faults.rewards:break_down', timeout_s: 3}"
+def break_rewards(lab: Lab, found: list[Outcome]) -> int:
+    source = "reward={source: 'tests.faults.rewards:misbehave', timeout_s: 3, weights: {}}"
     with lab.run(*ALONE, source, "steps=3") as run:
         run.start()
         start = run.struck("raise")
         _, seconds = end_well(run, start)
-        assert sorted(file.name for file in run.faults.iterdir()) == [
-            "exit",
-            "hang",
-            "raise",
-            "segfault",
-        ]
+        assert {"exit", "hang", "raise", "segfault"} <= {file.name for file in run.faults.iterdir()}
         summary = run.summary()
-        dropped = {k: v for k, v in summary.items() if k.startswith("dropped/")}
+        reasons = {k: v for k, v in summary.items() if k.startswith("dropped/")}
+        assert any("nan" in reason for reason in reasons), reasons
+        assert all(abs(row["reward/total"]) < 2 for row in run.metrics())
+        found.append(Outcome(None, None, f"{len(reasons)} reasons, all counted"))
         rows = [json.loads(line) for line in (run.done / "rollouts.jsonl").read_text().splitlines()]
         scored = [row["reward"] for row in rows if row.get("reward") is not None]
         assert scored and min(scored) > 0, "something was scored 0"
-        return Outcome(None, seconds, run.lost(), f"dropped: {dropped}")
+        restarts = max(row["restarts/reward"] for row in run.metrics())
+        note = f"{restarts:.0f} workers replaced; {len(scored)} of {len(rows)} have a reward"
+        found.append(Outcome(None, seconds, note))
+        return run.lost()
 
 
 @fault(
@@ -67,7 +57,7 @@ def long_prompt(lab: Lab) -> Outcome:
     with lab.run(f"prompts={prompts}") as run:
         end = run.start().finish(60)
         assert end.status == 2 and "long.jsonl:2: prompt of 72 tokens" in end.last, end.last
-        return Outcome(None, None, 0, end.last)
+        return Outcome(None, None, end.last)
 
 
 @fault(
@@ -83,7 +73,7 @@ def foreign_prompts(lab: Lab) -> Outcome:
     with lab.run(f"prompts={prompts}") as run:
         end = run.start().finish(60)
         assert end.status == 2 and "latin.jsonl:2: not UTF-8 (byte 0xe9)" in end.last, end.last
-        return Outcome(None, None, 0, end.last)
+        return Outcome(None, None, end.last)
 
 
 @fault(
@@ -100,7 +90,7 @@ def empty_completions(lab: Lab) -> Outcome:
         empty = [row for row in rows if row["completion"] == ""]
         assert len(rows) == 128 and empty
         assert all(row["reward"] == 0 for row in empty)
-        return Outcome(None, None, run.lost(), f"{len(empty)} of {len(rows)} were empty")
+        return Outcome(None, None, f"{len(empty)} of {len(rows)} were empty", run.lost())
 
 
 @fault(
@@ -117,4 +107,4 @@ def attack_sandbox(lab: Lab) -> Outcome:
     assert "kernel cannot confine" not in done.stdout, "nothing was tried on this kernel"
     seconds = time.monotonic() - start
     note = f"{passed[1]} tests of tests/rewards/test_sandbox.py in {seconds:.0f} s, 0 escapes"
-    return Outcome(None, None, 0, note)
+    return Outcome(None, None, note)

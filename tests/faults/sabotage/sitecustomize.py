@@ -1,8 +1,8 @@
 """Breaks from within what no signal breaks; Python imports it in every process of a run that has
 this directory on its path.
 
-`RAYLIGN_FAULT` names the fault. What happens once a run is marked by a file of its name in
-`RAYLIGN_FAULT_DIRECTORY`, whose time is that of the fault.
+A fault happens once a run, when a file `arm-FAULT` is there in `RAYLIGN_FAULT_DIRECTORY`; a file
+`FAULT` then marks its time.
 """
 
 from __future__ import annotations
@@ -19,70 +19,70 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+DIRECTORY = Path(os.environ.get("RAYLIGN_FAULT_DIRECTORY", "/nowhere"))
 
-def happens_once(fault: str) -> bool:
-    """Whether this is the first time in this run."""
+
+def happens(fault: str, text: str = "") -> bool:
+    """Whether it is to happen here and now."""
+    if not (DIRECTORY / f"arm-{fault}").exists():
+        return False
     try:
-        Path(os.environ["RAYLIGN_FAULT_DIRECTORY"], fault).touch(exist_ok=False)
+        with (DIRECTORY / fault).open("x") as file:
+            file.write(text)
     except FileExistsError:
         return False
     return True
 
 
-def change_generator(change: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Break every generator of this process, whichever it is, before it is used."""
+def break_generators(module: Any) -> None:
+    """Every generator of this process, whichever it is, before it is used."""
+    begin = module.GeneratorLoop.__init__
 
-    def install(module: Any) -> None:
-        begin = module.GeneratorLoop.__init__
+    @functools.wraps(begin)
+    def begin_broken(self: Any, generator: Any) -> None:
+        stop_in_decode(generator)
+        serve_old_weights(generator)
+        begin(self, generator)
 
-        @functools.wraps(begin)
-        def begin_broken(self: Any, generator: Any) -> None:
-            change(generator)
-            begin(self, generator)
+    module.GeneratorLoop.__init__ = begin_broken
 
-        module.GeneratorLoop.__init__ = begin_broken
 
-    return install
+def stop_in_decode(generator: Any) -> None:
+    """`kill`, `freeze`: a signal to the process of an engine, with requests in flight."""
+    advance = generator.advance
+
+    def step() -> Any:
+        done = advance()
+        if generator.pending and happens("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if generator.pending and happens("freeze"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return done
+
+    generator.advance = step
 
 
 def serve_old_weights(generator: Any) -> None:
-    """A worker that was born late says it has the weights it was given, and has its own still."""
+    """`stale`: a worker that was born late says it has the weights it was given, and has those that
+    it was born with."""
     load, seen = generator.load_weights, []
 
     def claim(version: int, tensors: Iterable[Any]) -> None:
         late = not seen and version >= 3
         seen.append(version)
-        load(version, () if late and happens_once("stale") else tensors)
+        load(version, () if late and happens("stale") else tensors)
 
     generator.load_weights = claim
 
 
-def stop_in_decode(number: int) -> Callable[[Any], None]:
-    """A signal to the process of an engine, with requests in flight."""
-
-    def change(generator: Any) -> None:
-        advance = generator.advance
-
-        def step() -> Any:
-            done = advance()
-            begun = getattr(generator, "version", -1) >= 2 and generator.pending
-            if begun and happens_once("decode"):
-                os.kill(os.getpid(), number)
-            return done
-
-        generator.advance = step
-
-    return change
-
-
 def die_in_transfer(module: Any) -> None:
-    """A worker's process ends between the first and the last tensor of a version."""
-    adopt = module.receive_weights
+    """`transfer`: a worker's process ends between the first and the last tensor of a version."""
+    receive = module.receive_weights
 
-    @functools.wraps(adopt)
+    @functools.wraps(receive)
     def die(manifest: Any, worker: str = "worker") -> Iterator[Any]:
-        for count, tensor in enumerate(adopt(manifest, worker)):
-            if count == 1 and manifest.version == 3 and happens_once("transfer"):
+        for count, tensor in enumerate(receive(manifest, worker)):
+            if count == 1 and happens("transfer"):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield tensor
 
@@ -90,67 +90,62 @@ def die_in_transfer(module: Any) -> None:
 
 
 def lose_request(module: Any) -> None:
-    """Whoever has the first prompt of step 1 forgets it, every time."""
-    kind = module.RolloutWorker
-    finish = kind._finish
+    """`request`: whoever has a certain one forgets it, every time."""
+    finish = module.RolloutWorker._finish
 
     @functools.wraps(finish)
     def forget(self: Any, errand: Any, start: float, future: Any) -> None:
-        if errand.request.group != "1/0":
-            finish(self, errand, start, future)
-        else:
-            happens_once("request")
+        group, mark = errand.request.group, DIRECTORY / "request"
+        if happens("request", group) or (mark.exists() and mark.read_text() == group):
             self._open.pop(errand.key, None)
+        else:
+            finish(self, errand, start, future)
 
-    kind._finish = forget
+    module.RolloutWorker._finish = forget
 
 
 def block_training(module: Any) -> None:
-    """The second rank's thread that learns never comes back from step 2; the process lives on."""
-    kind = module.PolicyLearner
-    update = kind.update
+    """`block`: the second rank's thread that learns never comes back; its process lives on."""
+    update = module.PolicyLearner.update
 
     @functools.wraps(update)
     def block(self: Any, *arguments: Any) -> Any:
-        if self.version == 2 and os.environ.get("RANK") == "1" and happens_once("block"):
+        if os.environ.get("RANK") == "1" and happens("block"):
             time.sleep(3600)
         return update(self, *arguments)
 
-    kind.update = block
+    module.PolicyLearner.update = block
 
 
-SERVING = "raylign.inference.serving"
-FAULTS: dict[str, tuple[str, Callable[[Any], None]]] = {
-    "serve_old_weights": (SERVING, change_generator(serve_old_weights)),
-    "kill_in_decode": (SERVING, change_generator(stop_in_decode(signal.SIGKILL))),
-    "freeze_in_decode": (SERVING, change_generator(stop_in_decode(signal.SIGSTOP))),
-    "die_in_transfer": ("actors.weights", die_in_transfer),
-    "lose_request": ("actors.rollout", lose_request),
-    "block_training": ("raylign.training.policy", block_training),
+FAULTS: dict[str, Callable[[Any], None]] = {
+    "raylign.inference.serving": break_generators,
+    "actors.weights": die_in_transfer,
+    "actors.rollout": lose_request,
+    "raylign.training.policy": block_training,
 }
 
 
 class Saboteur(MetaPathFinder):
-    """Lets a module load, and then breaks it."""
+    """Lets modules load, and then breaks them."""
 
-    def __init__(self, name: str, breaks: Callable[[Any], None]) -> None:
-        self._name, self._breaks = name, breaks
+    def __init__(self) -> None:
+        self._left = dict(FAULTS)
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != self._name:
+        breaks = self._left.pop(name, None)
+        if breaks is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.loader is not None
         load = spec.loader.exec_module
 
         def load_and_break(module: Any) -> None:
             load(module)
-            self._breaks(module)
+            breaks(module)
 
         spec.loader.exec_module = load_and_break  # type: ignore[method-assign]
         return spec
 
 
-if os.environ.get("RAYLIGN_FAULT"):
-    sys.meta_path.insert(0, Saboteur(*FAULTS[os.environ["RAYLIGN_FAULT"]]))
+if DIRECTORY.is_dir():
+    sys.meta_path.insert(0, Saboteur())
