@@ -69,6 +69,7 @@ class AlignJournal:
             directory / METRICS_FILE
         )  # of an attempt that this one goes on with
         self._news = ""
+        self._told: float | None = None
         self._failed = 0
         self._outbox = Outbox("journal", capacity, self._fail)
         self._screen = Outbox("screen", SCREEN_CAPACITY, self._ignore)
@@ -87,10 +88,13 @@ class AlignJournal:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, for the sinks too, and for whoever watches."""
         values = {name: float(value) for name, value in metrics.items()}
-        seconds = values.get("step_seconds", 0.0)
+        now, seconds = time.time(), values.get("step_seconds", 0.0)
+        if self._told is not None:  # with what was done between two steps, such as a checkpoint
+            seconds = max(seconds, now - self._told) if seconds else 0.0
+        self._told = now
         if seconds > 0 and "sampled_tokens" in values:
             values.setdefault("tokens_per_second", values["sampled_tokens"] / seconds)
-        row = {"step": step, "time": time.time()} | values
+        row = {"step": step, "time": now} | values
         self._rows.append(row)
         self._outbox.put(partial(self._write, METRICS_FILE, [row]))
         for sink in self._sinks:
@@ -135,6 +139,7 @@ class AlignJournal:
         that are `undone` for a reason stay, with it."""
         heard = step or self._rows
         self._rows = [row for row in self._rows if int(row["step"]) < step]
+        self._told = None
         for name in (METRICS_FILE, EXAMPLES_FILE):
             self._outbox.put(partial(cut_lines, self._directory / name, step), needed=True)
         undo = partial(undo_rows, self._directory / ROLLOUTS_FILE, step, undone)

@@ -270,6 +270,23 @@ def test_what_finds_no_room_is_counted_and_nobody_waits(tmp_path: Path) -> None:
     assert journal.summary["journal_lost"] > 50 and journal.summary["steps"] == 5
 
 
+def test_speed_counts_what_is_done_between_steps(tmp_path: Path) -> None:
+    with open_bar() as (bar, _):
+        journal = AlignJournal(tmp_path, bar, PROMPTS)
+        measured = {"sampled_tokens": 100, "step_seconds": 0.1}
+        journal.step(0, measured)
+        time.sleep(0.5)  # a checkpoint, say
+        journal.step(1, measured)
+        time.sleep(0.5)
+        journal.rewind(2)
+        journal.step(2, measured)  # after a rollback, whose time is nobody's step
+        journal.step(3, {"sampled_tokens": 100})  # of an earlier attempt: nobody knows
+        journal.close()
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    first, second, third, fourth = [row.get("tokens_per_second") for row in rows]
+    assert first == third == pytest.approx(1000) and 0 < second <= 200 and fourth is None
+
+
 class FailingSink:
     name = "failing"
 

@@ -64,8 +64,8 @@ def build_viewer(findings: Findings) -> Section | None:
                 data=encode_samples(samples),
                 examples=_choose_examples(samples.rows),
                 meaning=f"{_count(samples)} {detailed:,} of them are known token by token, and can "
-                "be coloured. All of them, with every token's id, are in rollouts.jsonl of the "
-                "align stage.",
+                "be coloured. Every completion that was made is in rollouts.jsonl of the align "
+                "stage.",
             ),
         ),
     )
