@@ -145,7 +145,7 @@ class DurableLearner:
         reports = [(batch, await self._group.update(as_step(batch))) for batch in missing]
         self._journal.event(
             actor="learner",
-            what="restored",
+            what="restored" if self.version or self.restarts else "started",
             step=self._step,
             version=self.version,
             checkpoint=start.step,
