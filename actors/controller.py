@@ -342,7 +342,7 @@ class Controller:
             self._journal.event(what="collapse", step=step, text=text, action="warn")
             self._guard.forget()
             return True
-        await self._roll_back(breach.first, text)
+        await self._roll_back(breach.back_to, text)
         return False
 
     async def _roll_back(self, before: int, reason: str) -> None:

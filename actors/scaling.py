@@ -57,9 +57,13 @@ class FleetScaling:
         """What the user wants, who overrules the policy from now on; what was done, in words.
         Raises `UserError`."""
         self._require_room(count)
-        said = await self._pool.scale(count)
-        if self._balance is not None:
-            self._balance = None
+        balance, self._balance = self._balance, None  # at once: newcomers take their time
+        try:
+            said = await self._pool.scale(count)
+        except UserError:
+            self._balance = balance
+            raise
+        if balance is not None:
             said += "; align.scaling.policy=balance no longer changes that"
         return said
 

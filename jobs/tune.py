@@ -20,6 +20,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from jobs import tune_alignment
+from jobs.align_journal import EXAMPLES_FILE
 from jobs.entry import STAGES, main, section
 from jobs.intent import TRIALS, perform_search
 from jobs.trials import TrialRow, draw_trials, show_samples, tabulate, write_trials
@@ -64,14 +66,19 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     else:
         stage = section(recipe, config.stage, TrainingConfig)
     check_search(config)
-    check_values(recipe, config)
+    tried = check_values(recipe, config)
     steps = _planned_steps(recipe, config)
+    if config.stage == "align":
+        tune_alignment.check_stages(run, tried)
     before = STAGES[: STAGES.index(config.stage)]
     parents = {
         name: found.manifest.content for name in before if (found := run.find(name)) is not None
     }
 
     def build(draft: Draft) -> None:
+        if config.stage == "align":
+            own = trial_recipe(recipe, config, {}, run.root, None)
+            tune_alignment.require_room(min(config.concurrent, count_trials(config)), own)
         storage = draft.path / TRIALS  # hidden, so it is no part of the finished stage
         try:
             trials = watch(recipe, config, steps, run, storage, board)
@@ -95,12 +102,16 @@ def run(recipe: Recipe, run: Run, board: ProgressBoard) -> None:
     perform_search(run, config, stage, recipe.seed, parents, board, build)
 
 
-def check_values(recipe: Recipe, config: TuneConfig) -> None:
-    """Every value must be one that the stage takes; raises `UserError` before anything starts."""
+def check_values(recipe: Recipe, config: TuneConfig) -> dict[str, Recipe]:
+    """The recipe with each value in turn, by what was changed; raises `UserError` for a value that
+    the stage does not take."""
+    found = {}
     for key, values in config.space.items():
         tried: tuple[Any, ...] = values if isinstance(values, tuple) else list_ends(values)
         for value in tried:
-            change(recipe, {f"{config.stage}.{key}": value}, f"tune.space.{key}")
+            place = f"tune.space.{key}"
+            found[f"{place}={value}"] = change(recipe, {f"{config.stage}.{key}": value}, place)
+    return found
 
 
 def list_ends(values: RangeConfig) -> tuple[float, float]:
@@ -291,6 +302,13 @@ def read_metrics(directory: Path, stage: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_samples(directory: Path, stage: str) -> list[dict[str, Any]]:
+    """Rows of `step`, `prompt` and `text` of a finished stage."""
+    if stage == "align":
+        return tune_alignment.read_samples(directory / EXAMPLES_FILE)
+    return read_lines(directory / SAMPLES_FILE)
+
+
 def find_file(directory: Path, stage: str, name: str) -> Path:
     """File `name` of a trial's stage, finished or in the making."""
     directory = find_attempt(directory)
@@ -303,14 +321,15 @@ def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
     found = Run(find_attempt(directory)).find(stage)
     summary = {} if found is None else found.manifest.summary
     metrics = read_metrics(directory, stage)
-    samples = [] if found is None else read_lines(found.path / SAMPLES_FILE)
+    samples = [] if found is None else read_samples(found.path, stage)
     events = read_lines(find_file(directory, stage, EVENTS_FILE))
     last = max((row["step"] for row in samples), default=0)
     return TrialRow(
         trial=trial,
         parameters=summary.get("parameters"),
         trainable=next(
-            (row["trainable"] for row in events if "trainable" in row), summary.get("trainable")
+            (row["trainable"] for row in events if "trainable" in row),
+            summary.get("trained_parameters"),
         ),
         curve=tuple((row["step"], row) for row in metrics),
         samples=tuple((row["prompt"], row["text"]) for row in samples if row["step"] == last),

@@ -58,6 +58,13 @@ class TuneConfig(Section):
     def _check_stage(self) -> TuneConfig:
         if self.stage == "align" and self.scheduler == "pbt":
             raise ValueError("scheduler=pbt copies checkpoints, which align cannot adopt; use asha")
+        if self.stage == "align":
+            if self.metric.startswith("validation_"):
+                raise ValueError(
+                    f"align measures no {self.metric}; give another metric, such as reward/total"
+                )
+            if "goal" not in self.model_fields_set:
+                raise ValueError(f"say which goal is good of {self.metric}: min or max")
         return self
 
 

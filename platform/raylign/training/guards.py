@@ -17,8 +17,9 @@ class Breach:
     value: float
     """Mean over the window."""
     bound: float
-    first: int
-    """The window's first step."""
+    back_to: int
+    """The last step of which it is likely that the policy that it began with was sound: the
+    window's first, or the one before that where even the first is beyond the bound."""
     key: str
     """Of the recipe, below `align.guard`."""
 
@@ -56,9 +57,11 @@ class Guard:
             values = [m[metric] for _, m in self._seen if metric in m]
             if bound is None or len(values) < self._config.window:
                 continue
+            sign = 1.0 if lower else -1.0
             mean = sum(values) / len(values)
-            if mean < bound if lower else mean > bound:
-                return Breach(metric, mean, bound, self._seen[0][0], key)
+            if sign * mean < sign * bound:
+                back_to = self._seen[0][0] - (sign * values[0] < sign * bound)
+                return Breach(metric, mean, bound, back_to, key)
         return None
 
     def forget(self) -> None:
