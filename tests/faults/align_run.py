@@ -90,6 +90,7 @@ class AlignRun:
         own = {
             MARK: self.mark,
             "OMP_NUM_THREADS": "1",
+            "RAY_prestart_worker_first_driver": "0",  # nobody would use them
             "RAYLIGN_FAULT_DIRECTORY": str(self.faults),
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         }

@@ -26,6 +26,7 @@ LONG = (
     "sampling={max_tokens: 32}",
     "learner.count=1",
     "rollout.max_restarts=20",
+    "rollout.stall_s=8",  # less, and a worker that waits for a busy machine would be taken for lost
     PACED,
 )
 
@@ -64,7 +65,7 @@ def reach_goal(run: AlignRun) -> int:
     (
         "4",
         "SIGSTOP of a rollout worker in mid-decode: it hangs, its port still open",
-        "silence is noticed within rollout.stall_s (4 s here); killed, replaced",
+        "silence is noticed within rollout.stall_s (8 s here); killed, replaced",
     ),
     (
         "5",
