@@ -60,7 +60,7 @@ def make_group(model: Path, config: AlignConfig, kept: Path) -> LearnerGroup:
         "runtime_env": {"env_vars": worker_env() | {"OMP_NUM_THREADS": "1"}},
     }
     given = {"options": options, "model": model, "config": config}
-    spawn = partial(spawn_learner_worker, **given, seed=3, transport="shared_memory")
+    spawn = partial(spawn_learner_worker, **given, seed=3, transport="broadcast")
     return LearnerGroup(config, spawn, seed=7, kept=kept)
 
 
@@ -97,6 +97,9 @@ def found(
     async def scenario(group: LearnerGroup) -> None:
         manifest = await group.start(CANARY)
         found["start"], found["canary"] = read(manifest), manifest.canary
+        quits = receive_weights(manifest, "quitter")
+        next(quits)
+        quits.close()
         found["report"] = await group.update(steps[0])
         found["events"] = await group.save(directory / "checkpoints", {"data": [1, 2]})
         await group.update(steps[1])
@@ -146,6 +149,10 @@ def test_a_report_adds_up_what_ranks_measured(found: dict[str, Any]) -> None:
     assert np.isnan(report.gaps[1][:3]).all() and not np.isnan(report.gaps[1][3:]).any()
     assert len(report.advantages) == 6 and report.advantages[5] > report.advantages[0]
     assert report.end > report.start
+    assert [(one.worker, one.version, one.reason) for one in report.lost] == [
+        ("quitter", 0, "its connection closed")
+    ]
+    assert found["last report"].lost == ()
     # At version 2, samples of version 0 are compared with what that was.
     late = found["last report"].metrics
     assert late["mismatch/unchecked"].total == 0 and late["mismatch/mean_abs"].mean < 1e-5
