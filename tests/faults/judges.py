@@ -82,7 +82,7 @@ def trouble_judge(lab: Lab, found: list[Outcome]) -> int:
         contradictions = add_up(run, "contradictions")
         assert all(counts.values()) and contradictions, (counts, contradictions)
         consistent = [row["judge/order_consistency"] for row in run.metrics()]
-        assert all(0 < value < 1 for value in consistent), consistent
+        assert 0 < min(consistent) < 1, consistent
         told = ", ".join(f"{count:.0f} {name}" for name, count in counts.items())
         note = f"{told}, {contradictions:.0f} contradictions"
         note += f"; order consistency {min(consistent):.2f} to {max(consistent):.2f}"
