@@ -3,7 +3,6 @@ bit; rollout workers, samples and versions stay."""
 
 from __future__ import annotations
 
-import signal
 import time
 from functools import partial
 
@@ -22,13 +21,10 @@ RANKS = (
 )
 
 
-def signal_rank(run: AlignRun, rank: int, number: int) -> float:
-    return run.kill([run.processes("LearnerWorker")[rank]], number)
-
-
-def block_rank(run: AlignRun) -> float:
-    run.arm("block")
-    return run.struck("block")
+def harm_rank(run: AlignRun, fault: str) -> float:
+    """A fault of `sabotage`, as the rank begins an update that the others take part in."""
+    run.arm(fault)
+    return run.struck(fault)
 
 
 def kill_again(run: AlignRun) -> float:
@@ -40,13 +36,14 @@ def kill_again(run: AlignRun) -> float:
 
 
 HARMS = {
-    "10": partial(signal_rank, rank=1, number=signal.SIGKILL),
-    "11": partial(signal_rank, rank=0, number=signal.SIGKILL),
-    "12": partial(signal_rank, rank=1, number=signal.SIGSTOP),
-    "12b": partial(signal_rank, rank=0, number=signal.SIGSTOP),
-    "13": block_rank,
-    "17b": kill_again,
+    "10": (1, partial(harm_rank, fault="kill-rank-1")),
+    "11": (0, partial(harm_rank, fault="kill-rank-0")),
+    "12": (1, partial(harm_rank, fault="freeze-rank-1")),
+    "12b": (0, partial(harm_rank, fault="freeze-rank-0")),
+    "13": (1, partial(harm_rank, fault="block-rank-1")),
+    "17b": (None, kill_again),
 }
+"""Which rank is to be named, and what is done to it."""
 
 
 @faults(
@@ -74,11 +71,12 @@ def harm_ranks(lab: Lab, found: list[Outcome]) -> int:
         run.start()
         run.wait_for_step(1)
         engines = {process.pid for process in run.processes("RolloutWorker")}
-        for number, harm in HARMS.items():
+        for number, (rank, harm) in HARMS.items():
             known = set(_list_stacks(run))
             start = harm(run)
             lost = first_event(run, start, 90, what="lost", actor="learner")
             restored = first_event(run, start, 400, what="restored")
+            assert rank is None or lost["rank"] == rank, lost
             [stacks, *_] = [text for text in _list_stacks(run) if text not in known] or [""]
             assert "most recent call first" in stacks, "no stacks were kept"
             if number in ("12", "12b", "13"):

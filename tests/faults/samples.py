@@ -55,7 +55,7 @@ def long_prompt(lab: Lab) -> Outcome:
     rows = [{"prompt": "w1", "reference": "1"}, {"prompt": " ".join(["w1"] * 70), "reference": "1"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with lab.run(f"prompts={prompts}") as run:
-        end = run.start().finish(60)
+        end = run.start().finish()
         assert end.status == 2 and "long.jsonl:2: prompt of 72 tokens" in end.last, end.last
         return Outcome(None, None, end.last)
 
@@ -71,7 +71,7 @@ def foreign_prompts(lab: Lab) -> Outcome:
         b'{"prompt": "w1", "reference": "1"}\n{"prompt": "caf\xe9", "reference": "1"}\n'
     )
     with lab.run(f"prompts={prompts}") as run:
-        end = run.start().finish(60)
+        end = run.start().finish()
         assert end.status == 2 and "latin.jsonl:2: not UTF-8 (byte 0xe9)" in end.last, end.last
         return Outcome(None, None, end.last)
 

@@ -104,24 +104,30 @@ def lose_request(module: Any) -> None:
     module.RolloutWorker._finish = forget
 
 
-def block_training(module: Any) -> None:
-    """`block`: the second rank's thread that learns never comes back; its process lives on."""
+def harm_ranks(module: Any) -> None:
+    """`kill-rank-N`, `freeze-rank-N`: a signal to the process of a learner rank; `block-rank-N`:
+    its thread that learns never comes back, and its process lives on."""
     update = module.PolicyLearner.update
 
     @functools.wraps(update)
-    def block(self: Any, *arguments: Any) -> Any:
-        if os.environ.get("RANK") == "1" and happens("block"):
+    def harm(self: Any, *arguments: Any) -> Any:
+        rank = f"rank-{os.environ.get('RANK')}"
+        if happens(f"kill-{rank}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if happens(f"freeze-{rank}"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if happens(f"block-{rank}"):
             time.sleep(3600)
         return update(self, *arguments)
 
-    module.PolicyLearner.update = block
+    module.PolicyLearner.update = harm
 
 
 FAULTS: dict[str, Callable[[Any], None]] = {
     "raylign.inference.serving": break_generators,
     "actors.weights": die_in_transfer,
     "actors.rollout": lose_request,
-    "raylign.training.policy": block_training,
+    "raylign.training.policy": harm_ranks,
 }
 
 
