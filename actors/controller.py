@@ -233,6 +233,7 @@ class Controller:
             max_staleness=self._config.max_staleness,
             needs_spread=self._algorithm.dynamic_sampling,
         )
+        self._dispatcher.leave_out(step, admitted.left_out)
         if not admitted.trajectories:
             rejections = [rejection for _, rejection in admitted.left_out]
             why = explain_drought(rejections, self._config.judge)

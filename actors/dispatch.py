@@ -117,6 +117,21 @@ class Dispatcher:
         """The groups of a step that was allowed, in the order they were asked for."""
         return await self._steps.pop(step)
 
+    def leave_out(self, step: int, left_out: Sequence[tuple[str, Rejection]]) -> None:
+        """What of a step is not learned from, by request: should the step fail, that is known."""
+        out: dict[str, list[Rejection]] = {}
+        for request, rejection in left_out:
+            out.setdefault(request, []).append(rejection)
+        gone = {id(rejection.trajectory) for _, rejection in left_out}
+        self._made[step] = [
+            Group(
+                tuple(t for t in group.trajectories if id(t) not in gone),
+                tuple(out.get(group.request, ())),
+                group.request,
+            )
+            for group in self._made.get(step, ())
+        ]
+
     def finish(self, step: int) -> None:
         """A step is learned from, and its batch has all that is to be kept of its groups."""
         self._made.pop(step, None)
