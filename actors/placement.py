@@ -100,8 +100,8 @@ def place_rollout(config: RolloutConfig) -> dict[str, Any]:
         **_ANYWHERE,
         "num_cpus": config.cpus,
         "num_gpus": config.gpus,
-        # Several calls at once: groups join the running batch, and syncs arrive in between.
-        "max_concurrency": 1024,
+        # A pulse waits for news; requests, withdrawals and weights arrive in between.
+        "max_concurrency": 16,
         "runtime_env": _threads(config.threads, config.gpus),
     }
 

@@ -22,6 +22,8 @@ from raylign.config import RayConfig, UserError
 
 _SOURCE = Path(__file__).resolve().parents[1]
 _configured = RayConfig()
+_PRIVATE = "RAYLIGN_PRIVATE_CLUSTER"
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 # Worker processes inherit these; each is needed before its library is imported.
 _LIBRARY_ENV = {
@@ -51,7 +53,16 @@ def worker_env() -> dict[str, str]:
         env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*own, *more]))
     if not _has_gpu():
         env["DS_ACCELERATOR"] = "cpu"
+    if is_private():
+        env |= {
+            name: os.environ[name] for name in (_PRIVATE, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+        }
     return env
+
+
+def is_private() -> bool:
+    """Whether the cluster that was joined, here or by who started this process, ends with it."""
+    return _PRIVATE in os.environ
 
 
 def configure(config: RayConfig) -> None:
@@ -78,6 +89,9 @@ def connect(config: RayConfig | None = None) -> None:
     if address == "local":
         cpus = config.num_cpus or os.cpu_count()
         options = {"num_cpus": cpus, "include_dashboard": False}
+        os.environ[_PRIVATE] = "1"
+        # Nobody takes the one machine away piecemeal; the watcher would be a process of its own.
+        os.environ.setdefault(_WATCHER, "0")
     try:
         _probe(address)
         with _own_sigterm():
@@ -149,3 +163,4 @@ def disconnect() -> None:
     """Leave Ray, and stop the private cluster if this process started one."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+        os.environ.pop(_PRIVATE, None)

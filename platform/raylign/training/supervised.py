@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from raylign.config import UserError, WorkersConfig
 from raylign.run import write_json
-from raylign.runtime import disconnect
+from raylign.runtime import disconnect, is_private
 from raylign.tracking import EVENTS_FILE, METRICS_FILE, Bar, GrowingLines, JsonTracker, read_lines
 from raylign.training.admission import require_trainable
 from raylign.training.checkpoints import retain
@@ -127,9 +127,22 @@ class _Outcome:
     error: BaseException | None = None
 
 
+class _Trainer(TorchTrainer):
+    """Starts no process that has nothing to do here: each would cost what a rank's imports cost.
+
+    Rows come from memory-mapped shards, so nobody hands out Ray Data's; and a private cluster ends
+    with this process, so nobody has to tidy up after it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if is_private() else set())
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ not in idle]
+
+
 def _fit(task: SupervisedTask, workers: WorkersConfig, outcome: _Outcome) -> None:
     per_worker = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_rank,
         train_loop_config={"task": task},
         torch_config=TorchConfig(timeout_s=task.engine.timeout_s),
