@@ -1,8 +1,11 @@
-"""Environments of users, one of which has bad days."""
+"""Environments of users, one of which has bad days, and a model that gets on in them."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
+from pathlib import Path
 
 from raylign.environments.environment import Outcome
 from raylign.records import Prompt
@@ -36,3 +39,13 @@ class Broken(Words):
 
     def reset(self, prompt: Prompt) -> None:
         raise LookupError("there is no board")
+
+
+def write_brief_model(model: Path, directory: Path) -> Path:
+    """The model, but many tokens end its turn; written to `directory`."""
+    shutil.copytree(model, directory, dirs_exist_ok=True)
+    file = directory / "config.json"
+    settings = json.loads(file.read_text()) | {"eos_token_id": [1, *range(4, 24)]}
+    file.write_text(json.dumps(settings))
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    return directory

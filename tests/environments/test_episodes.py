@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,6 +33,7 @@ from raylign.models.loading import load_model, load_tokenizer
 from raylign.models.logprobs import score_tokens
 from raylign.records import Prompt, Trajectory, collate
 from raylign.tokenization.special import read_template
+from tests.environments.games import write_brief_model
 from tests.tiny_model import write_speller
 from tests.training.learning import learn, make_learner, weights_of
 
@@ -243,14 +243,7 @@ HELD_OUT = [
 
 @pytest.fixture(scope="module")
 def brief_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Many tokens end its turn."""
-    place = tmp_path_factory.mktemp("brief")
-    shutil.copytree(tiny_model, place, dirs_exist_ok=True)
-    file = place / "config.json"
-    settings = json.loads(file.read_text()) | {"eos_token_id": [1, *range(4, 24)]}
-    file.write_text(json.dumps(settings))
-    (place / "generation_config.json").unlink(missing_ok=True)
-    return place
+    return write_brief_model(tiny_model, tmp_path_factory.mktemp("brief"))
 
 
 def evaluate(model: Path, directory: Path, environment: EnvironmentConfig, **given: Any) -> Any:

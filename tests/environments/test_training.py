@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.environments.games import write_brief_model
 from tests.faults.lab import Lab, end_well
 
 
@@ -15,13 +15,14 @@ from tests.faults.lab import Lab, end_well
 def test_a_policy_is_trained_in_an_environment_that_has_bad_days(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    lab = Lab(tmp_path, tiny_model, "transformers")
+    lab = Lab(tmp_path, write_brief_model(tiny_model, tmp_path / "brief"), "transformers")
     asked = [json.loads(line)["prompt"] for line in lab.prompts.read_text().splitlines()]
     settings = (
-        "steps=4",
+        "steps=2",
+        "prompts_per_step=12",  # all that there are are asked
         "learner.count=1",
-        "rollout.count=2",
-        "sampling={max_tokens: 12, temperature: 1.5}",
+        "rollout.count=1",
+        "sampling={max_tokens: 12}",
         "environment={source: 'tests.environments.games:Words', max_turns: 3, deadline_s: 1.5, "
         f"options: {{breaks: {asked[0]}, hangs: {asked[1]}}}}}",
         "reward={source: environment}",
@@ -33,13 +34,12 @@ def test_a_policy_is_trained_in_an_environment_that_has_bad_days(
         summary, metrics = run.summary(), run.metrics()
         rows = [json.loads(line) for line in (run.done / "rollouts.jsonl").read_text().splitlines()]
     assert run.lost() == 0
-    raised, silent = (
-        f"dropped/environment {end}" for end in ("raised LookupError", "gave no answer in 1.5 s")
-    )
-    # Twenty-four prompts in four steps of six: each of them was asked once.
-    assert summary.get(raised, 0) + summary.get(silent, 0) > 0
-    reasons = Counter(row["left_out"] for row in rows if row["left_out"])
-    assert all(row["left_out"] is None or row["reward"] is None for row in rows), reasons
+    # What failed says nothing of the policy: set aside, counted, and never scored.
+    for reason in ("environment raised LookupError", "environment gave no answer in 1.5 s"):
+        assert summary[f"dropped/{reason}"] > 0
+        lost = [row for row in rows if row["left_out"] == reason]
+        assert len(lost) == summary[f"dropped/{reason}"]
+        assert all(row["reward"] is None for row in lost)
     learned = [row for row in rows if row["left_out"] is None]
     assert len(learned) == summary["trained"]
     several = [row for row in learned if row["turns"] > 1]
@@ -53,5 +53,5 @@ def test_a_policy_is_trained_in_an_environment_that_has_bad_days(
             (logprob is None) == (not own)
             for logprob, own in zip(tokens["logprobs"], tokens["sampled"], strict=True)
         )
-    assert [row["step"] for row in metrics] == list(range(4))
+    assert [row["step"] for row in metrics] == [0, 1]
     assert any(row["turns"] > 1 for row in metrics)
