@@ -372,5 +372,6 @@ class Controller:
         self._step = target
         self._guard.forget()
         await self._crew.rollouts.publish(manifest)
+        self._crew.rollouts.take_idle_seconds()  # of the pause, which no step is to show
         self._dispatcher.begin_at(target, self._branch)
         self._dispatcher.allow(target)

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from actors.buffer import Group
 from actors.learner import LearnerReport
 from jobs.align_panel import draw_panel, note_step, tabulate_steps
@@ -81,9 +83,12 @@ class AlignJournal:
         self._outbox.put(partial(self._write, EVENTS_FILE, [row]))
         what = fields.get("what")
         if what not in ROUTINE:
-            told = (fields.get(key) for key in ("actor", "what", "reason", "text"))
+            told = (fields.get(key) for key in ("actor", "what", "action", "reason", "text"))
             self._news = " ".join(str(part) for part in told if part is not None)[:160]
             self._show()
+            if what == "collapse":  # the next news must not hide it
+                line = Text(f"step {fields['step']}: {self._news}", style="yellow")
+                self._screen.put(partial(self._bar.show, line), needed=True)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, for the sinks too, and for whoever watches."""

@@ -26,8 +26,9 @@ class Breach:
     def describe(self, window: int) -> str:
         """One line."""
         side = "below" if self.value < self.bound else "above"
+        span = f"over the last {window} steps" if window > 1 else "in the last step"
         return (
-            f"{self.metric} is {self.value:.4g} over the last {window} steps, {side} "
+            f"{self.metric} is {self.value:.4g} {span}, {side} "
             f"align.guard.{self.key}={self.bound:g}"
         )
 
