@@ -45,6 +45,7 @@ from raylign.runtime import derive_seed
 from raylign.sinks import build_sinks, check_sinks
 from raylign.tracking import Bar, ProgressBoard
 from raylign.training.checkpoints import retain
+from raylign.training.critic import locate_critic
 from raylign.training.loop import DIVERGED
 from raylign.training.supervised import KEPT
 
@@ -79,6 +80,8 @@ def check(config: AlignConfig, model: Path | None = None) -> None:
         )
     if "critic" in config.model_fields_set and not algorithm.needs_values:
         raise UserError(f"align.critic has no effect with {algorithm.name}; leave it out")
+    if config.critic.model is not None and model is not None:
+        locate_critic(config.critic.model, model)
     if config.algorithm.minibatches > config.prompts_per_step:
         raise UserError(
             f"align.algorithm.minibatches={config.algorithm.minibatches} of "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raylign.tracking import read_lines
 from raylign.training.batches import BatchFiles
 from tests.faults.lab import Lab, require_clean
 
@@ -47,6 +48,12 @@ def test_a_runaway_policy_is_taken_back_and_then_given_up(tiny_model: Path, tmp_
         assert all(row["kl"] <= BOUND for row in rows[:-1]) and rows[-1]["kl"] > BOUND
         [batch] = BatchFiles(run.stage / ".batches").read_from(last["step"] - 1)
         assert batch.settings["lr"] == 0.005, "the last one, which no checkpoint covers"
+        sampled = [list[str](), list[str]()]
+        for row in read_lines(run.stage / "rollouts.jsonl"):
+            if row["step"] == first["to"]:
+                sampled["undone" in row].append(row["completion"])
+        assert len(sampled[0]) == len(sampled[1]) == 24, "all of them are kept"
+        assert sampled[0] != sampled[1], "other samples"
         assert rows[0]["step_seconds"] >= rows[0]["wait/generator"], "the pause is no step's"
         assert run.events(what="restored", checkpoint=first["to"]), "no process was replaced"
         assert not run.events(what="lost")

@@ -10,8 +10,9 @@ import pytest
 
 from jobs.align import check
 from jobs.asking import read_prompts
-from raylign.config import AlgorithmConfig, AlignConfig, RewardConfig, UserError
+from raylign.config import AlgorithmConfig, AlignConfig, CriticConfig, RewardConfig, UserError
 from raylign.models.loading import load_tokenizer, require_chat_template
+from tests.tiny_model import write_speller
 
 
 def write_rows(file: Path, *rows: object) -> Path:
@@ -94,6 +95,15 @@ def test_a_group_of_one_is_refused_where_groups_are_compared() -> None:
     with pytest.raises(UserError, match=r"align.group_size=1: grpo compares"):
         check(AlignConfig(group_size=1))
     check(AlignConfig(group_size=1, algorithm=AlgorithmConfig(name="reinforce_pp")))
+
+
+def test_a_critic_that_reads_other_tokens_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    other = write_speller(tmp_path / "other")
+    for start, message in ((other, "has another tokenizer than the policy"), (None, "no such dir")):
+        critic = CriticConfig(model=start or tmp_path / "none")
+        config = AlignConfig(algorithm=AlgorithmConfig(name="ppo"), critic=critic)
+        with pytest.raises(UserError, match=rf"align.critic.model=.*{message}"):
+            check(config, tiny_model)
 
 
 def test_vllm_not_installed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,11 @@ from raylign.training.engine import Engine
 _MOMENTS = ("value/error", "value/error_square", "value/return_square")
 
 
-def build_critic(start: Path, policy: Path, seed: int) -> PreTrainedModel:
-    """The model of a critic on the CPU, from a directory or stage with a reward model or any other
-    model. A head that is new says 0 of every state: its first advantages are the rewards to come.
-
-    Raises `UserError` when it cannot be loaded, or has another tokenizer than the `policy`.
-    """
+def locate_critic(start: Path, policy: Path) -> Path:
+    """Where in `start` the model is that a critic begins with. Raises `UserError` when there is
+    none, or it has another tokenizer than the `policy`."""
+    if not start.is_dir():
+        raise UserError(f"align.critic.model={start}: no such directory")
     path = start / "model" if (start / "model").is_dir() else start
     if path != policy:
         ours, theirs = (load_tokenizer(where).get_vocab() for where in (policy, path))
@@ -40,6 +39,16 @@ def build_critic(start: Path, policy: Path, seed: int) -> PreTrainedModel:
                 f"align.critic.model={start} has another tokenizer than the policy {policy}; train "
                 "the reward model from the policy's own family, or leave align.critic.model out"
             )
+    return path
+
+
+def build_critic(start: Path, policy: Path, seed: int) -> PreTrainedModel:
+    """The model of a critic on the CPU, from a directory or stage with a reward model or any other
+    model. A head that is new says 0 of every state: its first advantages are the rewards to come.
+
+    Raises `UserError` when it cannot be loaded, or has another tokenizer than the `policy`.
+    """
+    path = locate_critic(start, policy)
     scorer = build_scorer(path, "score", seed)
     if not is_scorer(path, "score"):
         decoder = {id(p) for p in scorer.get_decoder().parameters()}
