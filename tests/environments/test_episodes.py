@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from actors.rollout import to_trajectory
+from jobs.evaluate import evaluate_directory
 from raylign.config import AlignConfig, EnvironmentConfig, EvaluateConfig, UserError
 from raylign.data.chat.encoding import encode_dialogues
 from raylign.data.chat.faults import find_fault
@@ -26,6 +27,7 @@ from raylign.environments.environment import Outcome
 from raylign.environments.rendering import TurnRenderer
 from raylign.environments.responding import EnvironmentResponder, plan_answers
 from raylign.evaluation.episodes import evaluate_episodes
+from raylign.evaluation.pairing import compare_models
 from raylign.inference.episode import Episode, Reply
 from raylign.inference.generator import Generator, Sample, Sampling, build_generator
 from raylign.inference.serving import GeneratorLoop, Request
@@ -277,6 +279,26 @@ def test_problems_are_answered_turn_by_turn(brief_model: Path, tmp_path: Path) -
         failed = before["doc"]["prompt"] in (broken, hung)
         assert after["scores"] == ({} if failed else before["scores"])
     assert found["metrics"]["episodes"]["reward"]["n"] == 18
+
+
+def test_a_model_directory_is_asked_in_episodes_alone(brief_model: Path, tmp_path: Path) -> None:
+    """As `jobs.evaluate` does, and what becomes of it beside another model's."""
+    plain = evaluate(brief_model, tmp_path, EnvironmentConfig(source=WORDS), max_tokens=6)
+    config = EvaluateConfig.model_validate(
+        {
+            "tasks": ["episodes"],
+            "environment": {"source": WORDS},
+            "max_tokens": 6,
+            "backend": "transformers",
+            "limit": 8,
+        }
+    )
+    found = evaluate_directory(brief_model, tmp_path, config, 0)
+    assert found["documents"]["episodes"] == plain["documents"]["episodes"][:8]
+    both = compare_models({"one": found, "other": found})
+    assert both["tasks"]["episodes"]["metric"]["several_turns"]["one"]["n"] == 8
+    assert {change["value"] for change in both["differences"]} == {0.0}
+    assert both["answers"]["other"][0]["answer"] == plain["documents"]["episodes"][0]["answer"]
 
 
 def test_an_environment_that_always_fails_is_no_result(tiny_model: Path, tmp_path: Path) -> None:
