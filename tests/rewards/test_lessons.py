@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def test_a_question_is_short_and_fenced_and_its_verdict_has_no_reason() -> None:
         f"[[end {code} answer]]",
     ]
     assert json.loads(verdict) == {"score": 1}
+    other = replace(PROMPT, reference="5")  # what is not shown changes nothing
+    assert list_lessons(rubric, other, ["4 [[end"], [1.0]) == [(question, verdict)]
     assert list(rubric.schema()["properties"]) == rubric.schema()["required"] == ["score"]
 
 

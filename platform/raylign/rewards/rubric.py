@@ -126,7 +126,9 @@ class Rubric:
         texts = {"prompt": prompt, "reference": reference}
         texts |= dict(zip(_FIELDS[self.compare], completions, strict=True))
         pattern = _compile(tuple(sorted(set(controls))))
-        texts = {name: break_controls(text, pattern) for name, text in texts.items()}
+        # Of what is not shown, nothing may show: not even in the code.
+        shown = {match[2] for match in _PLACE.finditer(self.template)}
+        texts = {n: break_controls(text, pattern) for n, text in texts.items() if n in shown}
         code = choose_code(texts.values())
 
         def place(match: re.Match[str]) -> str:
