@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ class AlignRun:
         assert self._process is not None
         return psutil.Process(self._process.pid)
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        assert self._process is not None
+        return self._process.poll() is None
+
     def processes(self, role: str) -> list[psutil.Process]:
         """Of the actors of a class, such as `RolloutWorker`, oldest first."""
         found = []
@@ -208,7 +215,8 @@ class AlignRun:
     def kill(self, processes: Sequence[psutil.Process], number: int = signal.SIGKILL) -> float:
         """Send a signal; when, in seconds of the clock."""
         for process in processes:
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # it was faster
+                process.send_signal(number)
         return time.time()
 
     def output(self) -> str:

@@ -145,7 +145,7 @@ def kill_all(lab: Lab) -> Outcome:
         run.wait_for_step(1)
         start = time.time()
         lost = None
-        while run.driver.is_running() and run.driver.status() != "zombie":
+        while run.running:
             run.kill(run.processes("RolloutWorker"))
             if lost is None:
                 lost = first_event(run, start, 60, what="lost")

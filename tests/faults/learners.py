@@ -6,8 +6,6 @@ from __future__ import annotations
 import time
 from functools import partial
 
-import psutil
-
 from tests.faults.align_run import AlignRun
 from tests.faults.lab import PACED, Lab, Outcome, end_well, fault, faults, first_event, since
 
@@ -18,6 +16,7 @@ RANKS = (
     "rollout.count=1",
     "learner.count=2",
     "learner.max_restarts=20",
+    "checkpoint_every=5",  # so that there are updates to be repeated
 )
 
 
@@ -107,7 +106,7 @@ def crash_loop(lab: Lab) -> Outcome:
         run.start()
         run.wait_for_step(1)
         start = time.time()
-        while run.driver.is_running() and run.driver.status() != psutil.STATUS_ZOMBIE:
+        while run.running:
             run.kill(run.processes("LearnerWorker"))
             time.sleep(0.3)
             assert time.time() - start < 240
