@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -141,38 +142,18 @@ def test_other_settings_are_refused_not_mixed(journey: Run) -> None:
     assert len(error) == 1 and "sft.steps=6, not 7" in error[0] and "redo=sft" in error[0]
 
 
-def test_staleness_zero_takes_turns(journey: Run, tmp_path: Path) -> None:
-    finish(
-        launch(
-            "align",
-            f"run={tmp_path}",
-            f"align.model={journey.root / 'sft'}",
-            f"align.prompts={journey.root / 'corpus' / 'prompts.jsonl'}",
-            "align.max_staleness=0",
-            "align.reward.source=tests.jobs.user_rewards:misbehave",
-        )
-    )
-    metrics = read_lines(tmp_path / "align" / "metrics.jsonl")
-    assert all(m["staleness/max"] == 0 for m in metrics)
-    events = read_lines(tmp_path / "align" / "events.jsonl")
-    learned = {e["step"]: e["end"] for e in events if e["what"] == "learn"}
-    for event in events:
-        if event["what"] == "generate" and event["step"] > 0:
-            assert event["start"] > learned[event["step"] - 1]
-    # The reward function misbehaves on purpose: counted, dropped, and the run went on.
-    reasons = {k for m in metrics for k in m if k.startswith("dropped/")}
-    assert {
-        "dropped/reward raised ZeroDivisionError",
-        "dropped/reward part correct is nan",
-    } <= reasons
-    for m in metrics:
-        assert m["samples"] + sum(v for k, v in m.items() if k.startswith("dropped/")) == 16
-
-
-def test_an_interrupted_alignment_goes_on_where_it_was(journey: Run, tmp_path: Path) -> None:
+def test_an_interrupted_alignment_goes_on_where_it_was_and_takes_turns(
+    journey: Run, tmp_path: Path
+) -> None:
     root = tmp_path / "run"
     shutil.copytree(journey.root, root)
-    process = launch("quickstart", f"run={root}", "redo=align", "align.steps=25")
+    settings = (
+        f"run={root}",
+        "align.steps=8",
+        "align.max_staleness=0",
+        "align.reward.source=tests.jobs.user_rewards:misbehave",
+    )
+    process = launch("quickstart", *settings, "redo=align")
     partial = root / ".align.partial" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (partial.is_file() and partial.read_text().count("\n") >= 1):
@@ -190,14 +171,35 @@ def test_an_interrupted_alignment_goes_on_where_it_was(journey: Run, tmp_path: P
     assert left.find("sft") is not None and left.find("align") is None
     assert not (root / "align").exists()
     done = [row["step"] for row in read_lines(partial)]
-    assert done == list(range(len(done))) and len(done) < 25
-    finish(launch("align", f"run={root}", "align.steps=25"))
+    assert done == list(range(len(done))) and len(done) < 8
+    finish(launch("align", *settings))
     rows = read_lines(root / "align" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(25))
-    resumed = [
-        row for row in read_lines(root / "align" / "events.jsonl") if row["what"] == "resumed"
-    ]
-    assert len(resumed) == 1 and resumed[0]["step"] >= len(done)
+    assert [row["step"] for row in rows] == list(range(8))
+    events = read_lines(root / "align" / "events.jsonl")
+    resumed = [row["step"] for row in events if row["what"] == "resumed"]
+    assert len(resumed) == 1 and resumed[0] >= len(done)
+    check_turns(rows, events)
     summary = Run(root).require("align", "align").manifest.summary
     dropped = sum(count for name, count in summary.items() if name.startswith("dropped/"))
-    assert summary["dispatched"] == 25 * 16 == summary["trained"] + dropped
+    assert summary["dispatched"] == 8 * 16 == summary["trained"] + dropped
+
+
+def check_turns(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    """Nothing is sampled before the last step is learned; what a reward function does wrong is
+    counted, and left out."""
+    assert all(row["staleness/max"] == 0 for row in rows)
+    learned: dict[int, float] = {}
+    for event in events:
+        if event["what"] == "learn":
+            learned.setdefault(event["step"], event["end"])
+    for event in events:
+        if event["what"] == "generate" and event["step"] > 0:
+            assert event["start"] > learned[event["step"] - 1]
+    reasons = {name for row in rows for name in row if name.startswith("dropped/")}
+    assert {
+        "dropped/reward raised ZeroDivisionError",
+        "dropped/reward part correct is nan",
+    } <= reasons
+    for row in rows:
+        lost = sum(count for name, count in row.items() if name.startswith("dropped/"))
+        assert row["samples"] + lost == 16

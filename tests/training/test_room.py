@@ -161,6 +161,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(get_world_rank=lambda: 0, get_node_id=lambda: "node")
     monkeypatch.setattr(supervised.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(supervised.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(supervised, "note_reservation", lambda _: None)  # it would look for Ray
 
 
 def read_refusal(task: SupervisedTask) -> str:
@@ -191,15 +192,15 @@ def test_a_disk_that_fills_up_at_the_end_is_told_and_not_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr(loop, "export_stage", fill_up)
         with pytest.raises(SafetensorError):  # so that the others end, too
-            supervised.train_rank({"task": task})
-        assert supervised.train_rank({"task": task}) is None
+            supervised.train_rank(task)
+        assert supervised.train_rank(task) is None
     assert exports == [task.output] and not (task.output / "model").exists()
     assert read_refusal(task) == (
         f"pretrain: no space left in {task.output}; the newest checkpoint, step-00000004, is kept; "
         "free some and run again"
     )
     (task.output / supervised._REFUSAL).unlink()
-    assert supervised.train_rank({"task": task})
+    assert supervised.train_rank(task)
     started = [row for row in read_lines(task.output / EVENTS_FILE) if row["what"] == "started"]
     assert [row["step"] for row in started] == [0, 4] and load_model(task.output / "model")
 
@@ -219,7 +220,7 @@ def test_a_disk_without_a_byte_is_told_of(
 
     monkeypatch.setattr(supervised, "write_json", fail)
     with pytest.raises(OSError, match="No space left"):
-        supervised.train_rank({"task": task})
+        supervised.train_rank(task)
     assert "no checkpoint is kept; free some and run again" in read_refusal(task)
 
 
@@ -232,5 +233,5 @@ def test_another_failure_is_no_full_disk(
     task = make_task(shards, tiny_model, tmp_path / "out")
     (task.output / EVENTS_FILE).mkdir()
     with pytest.raises(IsADirectoryError):
-        supervised.train_rank({"task": task})
+        supervised.train_rank(task)
     assert not (task.output / supervised._REFUSAL).exists()

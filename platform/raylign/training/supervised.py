@@ -8,6 +8,7 @@ ranks wait for nobody.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import threading
 import time
@@ -32,6 +33,7 @@ from raylign.training.curve import CURVE_FILE, draw_curve
 from raylign.training.export import ADAPTER, MODEL
 from raylign.training.heartbeat import Laggard, Mark, Pulse, Watch, end_process, locate
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
+from raylign.training.rank import start_rank
 from raylign.training.reservation import note_reservation
 from raylign.training.room import explain_full, is_out_of_room
 
@@ -83,9 +85,8 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     return _summarise(task, outcome.result)
 
 
-def train_rank(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def train_rank(task: SupervisedTask) -> dict[str, Any] | None:
     """What every rank runs. A mistake of the user is written down, and not tried again."""
-    task: SupervisedTask = config["task"]
     refusal = task.output / _REFUSAL
     if refusal.exists():
         return None
@@ -143,8 +144,8 @@ class _Trainer(TorchTrainer):
 def _fit(task: SupervisedTask, workers: WorkersConfig, outcome: _Outcome) -> None:
     per_worker = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = _Trainer(
-        train_rank,
-        train_loop_config={"task": task},
+        start_rank,
+        train_loop_config={"task": pickle.dumps(task)},
         torch_config=TorchConfig(timeout_s=task.engine.timeout_s),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
