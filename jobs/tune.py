@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,8 @@ def collect(trial: Trial, directory: Path, stage: str) -> TrialRow:
     samples = [] if found is None else read_samples(found.path, stage)
     events = read_lines(find_file(directory, stage, EVENTS_FILE))
     last = max((row["step"] for row in samples), default=0)
+    if found is not None:  # Ray Tune's time is 0 for one that was finished before it knew
+        trial = replace(trial, seconds=max(trial.seconds, found.manifest.seconds))
     return TrialRow(
         trial=trial,
         parameters=summary.get("parameters"),

@@ -131,6 +131,7 @@ def test_the_better_trial_is_kept_with_its_recipe(searched: Path) -> None:
     assert [row["best"] for row in rows] == [True, False]
     assert rows[0]["metric"] < rows[1]["metric"]
     assert all(row["status"] == "finished" and row["step"] == 6 for row in rows)
+    assert all(row["seconds"] > 0.5 for row in rows), "also of those that were finished before"
     best = load_recipe(stage.path / "best.yaml")
     assert best.sft is not None and best.sft.optimizer.lr == 1e-2 and best.tune is None
     assert load_model(stage.path / "best/model").num_parameters() == rows[0]["parameters"]
