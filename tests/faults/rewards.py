@@ -18,7 +18,7 @@ def variety(completion: str, reference: str) -> dict[str, float]:
 def paced(completion: str, reference: str) -> dict[str, float]:
     """`variety`, slowly, until somebody who waits for something else has seen it."""
     if not Path(os.environ["RAYLIGN_FAULT_DIRECTORY"], "hurry").exists():
-        time.sleep(0.1)
+        time.sleep(float(os.environ.get("RAYLIGN_FAULT_PACE", "0.1")))
     return variety(completion, reference)
 
 

@@ -99,7 +99,7 @@ def empty_completions(lab: Lab) -> Outcome:
     "all held by the sandbox; the next sample is judged as ever",
 )
 def attack_sandbox(lab: Lab) -> Outcome:
-    command = [sys.executable, "-m", "pytest", "tests/rewards/test_sandbox.py", "-q", "-rs"]
+    command = [sys.executable, "-m", "pytest", "tests/rewards/test_sandbox.py", "-rs"]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     passed = re.search(r"(\d+) passed", done.stdout)
