@@ -92,7 +92,7 @@ def _kill(run: AlignRun) -> Outcome:
 def kill_head(lab: Lab) -> Outcome:
     with lab.run(*LOCKSTEP) as run:
         # Ray's own patience is a minute; actors that need nothing of the head go on meanwhile.
-        run.start(RAY_gcs_rpc_server_reconnect_timeout_s="5", RAYLIGN_FAULT_PACE="2")
+        run.start(RAY_gcs_rpc_server_reconnect_timeout_s="5", RAYLIGN_FAULT_PACE="0.5")
         run.wait_for_step(0)
         heads = [p for p in run.left_behind() if "gcs_server" in " ".join(p.cmdline())]
         assert heads
