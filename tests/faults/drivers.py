@@ -87,7 +87,7 @@ def _kill(run: AlignRun) -> Outcome:
 @fault(
     "16",
     "SIGKILL of Ray's head (GCS), which does not come back",
-    "ends in bounded time; the same command goes on from disk",
+    "ends once Ray gives it up (a minute; 5 s here); the same command goes on from disk",
 )
 def kill_head(lab: Lab) -> Outcome:
     with lab.run(*LOCKSTEP) as run:
