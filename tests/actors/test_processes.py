@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from actors.processes import Process, read_stacks_here
 from raylign.training.heartbeat import read_birth
 
+ROOT = Path(__file__).resolve().parents[2]
 STUCK = """
 import time
 from actors.processes import record_stacks
@@ -24,7 +26,9 @@ get_nowhere()
 
 
 def test_a_stuck_process_says_where_it_is_stopped_or_not_and_a_dead_one_nothing() -> None:
-    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE) as child:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
+    command = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
         try:
             assert child.stdout is not None
             stacks = int(child.stdout.readline())

@@ -82,8 +82,8 @@ def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         "Be brief.\n<user>What is 1 + 2?<assistant><answer>3</answer><eos><user>Sure?<assistant>"
     )
     assert tokenizer.apply_chat_template(messages[1:2], tokenize=False) == "<user>What is 1 + 2?"
-    with pytest.raises(Exception, match="unknown role: tool"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+    with pytest.raises(Exception, match="unknown role: critic"):
+        tokenizer.apply_chat_template([{"role": "critic", "content": "x"}], tokenize=False)
 
 
 def test_assistant_mask_covers_answers_and_their_end(tokenizer: PreTrainedTokenizerBase) -> None:
