@@ -41,6 +41,7 @@ class RolloutPool:
         role: str = "rollout",
         in_flight: Literal["continue", "restart"] = "continue",
         transfer_deadline_s: float = TransferConfig().deadline_s,
+        canary_tolerance: float = 1e-2,
         on_change: Callable[[str, str, str], None] = lambda worker, what, reason: None,
     ) -> None:
         """`spawn` starts a worker of the given name, which begins with `role`; `on_sync` hears of
@@ -48,6 +49,7 @@ class RolloutPool:
         `removed`, and why."""
         self._config, self._spawn, self._on_sync = config, spawn, on_sync
         self._restart, self._transfer_deadline_s = in_flight == "restart", transfer_deadline_s
+        self._canary_tolerance = canary_tolerance
         self._on_change, self._role = on_change, role
         self._members: dict[str, Member] = {}
         self._born = self._target = 0
@@ -232,7 +234,7 @@ class RolloutPool:
             while member.version < self._manifest.version:
                 proof = await member.adopt(
                     self._manifest,
-                    self._config.canary_tolerance,
+                    self._canary_tolerance,
                     self._restart,
                     self._transfer_deadline_s,
                 )

@@ -212,6 +212,7 @@ def _hire_rollouts(
         note_sync(journal),
         in_flight=config.in_flight,
         transfer_deadline_s=config.transfer.deadline_s,
+        canary_tolerance=config.canary_tolerance,
         on_change=note_change(journal),
     )
 

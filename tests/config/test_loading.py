@@ -66,6 +66,18 @@ def test_a_sections_own_defaults_hold_for_keys_left_out(tmp_path: Path) -> None:
     assert recipe.align.optimizer.lr == 1e-3
 
 
+def test_a_canary_is_as_exact_as_both_can_be(tmp_path: Path) -> None:
+    def read(*overrides: str) -> float:
+        recipe = load(tmp_path, "align: {}\n", *overrides)
+        assert recipe.align is not None
+        return recipe.align.canary_tolerance
+
+    assert read() == 0.01
+    assert read("align.engine.dtype=bfloat16") == read("align.rollout.dtype=bfloat16") == 0.1
+    given = "align.rollout.canary_tolerance=0.02"
+    assert read(given, "align.engine.dtype=bfloat16") == 0.02
+
+
 def test_own_defaults_reach_through_nested_sections() -> None:
     class Inner(Section):
         a: int = 0

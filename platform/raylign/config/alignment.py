@@ -145,6 +145,12 @@ class AlignConfig(Section):
         turns = 1 if self.environment.source is None else self.environment.max_turns
         return turns * self.sampling.max_tokens
 
+    @property
+    def canary_tolerance(self) -> float:
+        """Largest mean |logprob difference| of a worker that may serve a version."""
+        exact = self.engine.dtype == self.rollout.dtype == "float32"
+        return self.rollout.canary_tolerance or (1e-2 if exact else 1e-1)
+
     @model_validator(mode="after")
     def _check_engine(self) -> AlignConfig:
         for key in ("tensor_parallel", "pipeline_parallel", "sequence_parallel"):

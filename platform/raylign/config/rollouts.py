@@ -56,8 +56,9 @@ class RolloutConfig(Section):
     """Workers that may be lost over one request before its prompt is set aside as their cause."""
     max_restarts: int = Field(default=3, ge=0)
     """Replacements over the whole run; after that, those that are left go on."""
-    canary_tolerance: float = Field(default=1e-2, gt=0)
-    """Largest mean |logprob difference| to the learner that may serve after a weight sync."""
+    canary_tolerance: float | None = Field(default=None, gt=0)
+    """Largest mean |logprob difference| to the learner that may serve after a weight sync; when not
+    given, 0.01 where both compute in float32, and 0.1 where one of them rounds to bfloat16."""
 
 
 class EnvironmentConfig(Section):
