@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "RAYLIGN_FAULT_MARK"
 SABOTAGE = Path(__file__).parent / "sabotage"
 START_S = 300.0  # a machine under load takes long to start so many processes
+_RAYLET = "(raylet)"
 _TITLE = re.compile(r"ray::(\w+)")
 
 
@@ -42,8 +43,9 @@ class Finish:
 
     @property
     def last(self) -> str:
-        """Its last line."""
-        return self.output.strip().splitlines()[-1] if self.output.strip() else ""
+        """Its last line; Ray may still write of workers that it found dead."""
+        lines = [line for line in self.output.splitlines() if line.strip() and _RAYLET not in line]
+        return lines[-1].strip() if lines else ""
 
 
 class AlignRun:

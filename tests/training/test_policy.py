@@ -59,6 +59,23 @@ def test_any_split_gives_the_same_policy(
     assert found.advantages == pytest.approx(expected.advantages, abs=1e-4)
 
 
+def test_a_reference_says_what_the_policy_says_until_that_moves(
+    tiny_model: Path, trajectories: list[Trajectory]
+) -> None:
+    learner = make_learner(tiny_model)
+    ones = [1.0] * len(trajectories)
+    batch = collate(trajectories, ones, ones, pad_id=0)
+    own, reference = learner.scores.old(batch), learner.scores.reference(batch)
+    assert own is not None and reference is not None
+    assert torch.equal(own[batch.loss_mask], reference[batch.loss_mask])
+    learn(learner, trajectories)
+    moved, still = learner.scores.old(batch), learner.scores.reference(batch)
+    assert moved is not None and still is not None
+    assert torch.equal(still, reference) and not torch.equal(
+        moved[batch.loss_mask], own[batch.loss_mask]
+    )
+
+
 def test_minibatches_are_steps_of_their_own(
     tiny_model: Path, trajectories: list[Trajectory]
 ) -> None:

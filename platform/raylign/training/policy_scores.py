@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from raylign.models.acceleration import accelerate
 from raylign.models.adapters import find_adaptation, without_adapter
 from raylign.models.logprobs import score_tokens
 from raylign.records import Batch
@@ -111,6 +112,7 @@ class PolicyScores:
         self._engine.backward(logprobs.sum() * 0.0)
 
     def _freeze(self, model: torch.nn.Module) -> torch.nn.Module:
+        accelerate(model)  # as the policy is: equal weights have equal log-probs, to the bit
         return model.eval().requires_grad_(False).to(self._engine.device)
 
     def _tensor(self, sequence: Sequence[int]) -> torch.Tensor:
