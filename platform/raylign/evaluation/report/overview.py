@@ -11,6 +11,7 @@ from raylign.evaluation.report.figures import (
     show_seconds,
 )
 from raylign.evaluation.report.findings import STAGES, TITLES, Findings
+from raylign.evaluation.tasks import EPISODES
 
 # What the run has come to when nothing is measured yet.
 GOALS = {
@@ -102,7 +103,8 @@ def _describe_score(findings: Findings) -> str:
         return ""
     task, metric = chosen
     counts = [v["n"] for v in findings.results["tasks"][task]["metric"][metric].values()]
-    return f"Correct answers to {max(counts):,} held-out {task} problems"
+    what = "problems, in episodes" if task == EPISODES else f"{task} problems"
+    return f"Correct answers to {max(counts):,} held-out {what}"
 
 
 def _list_facts(findings: Findings, seconds: float | None) -> list[Fact]:
