@@ -5,7 +5,8 @@ start from its model and learn the same prompts with the same reward, group size
 completion, samples a step, KL weight, learning rate and float32, on the same two cores: ours as
 `jobs.align` does it (two vLLM workers, two learner ranks), TRL as one process with two threads or,
 with `--trl-processes 2`, as two with one each; `--trl-vllm` lets it generate with vLLM in its own
-process.
+process. RUN may also be what `chained_sums.py` leaves, with `--longest 320`: solutions with a long
+tail, where the quickstart's differ little in length.
 
 Prints trained completion tokens a second (the first step is left out: it waits for caches and
 engines), and with `--target R` the seconds of steps until the mean reward of three steps is R.
@@ -27,7 +28,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
 
-PROMPTS, GROUP, LONGEST, KL, RATE, WINDOW = 64, 8, 96, 0.002, 2e-4, 3
+PROMPTS, GROUP, KL, RATE, WINDOW = 64, 8, 0.002, 2e-4, 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both do."""
+
+    run: Path
+    steps: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -37,19 +47,19 @@ class Step:
     reward: float
 
 
-def run_ours(run: Path, steps: int, staleness: int) -> list[Step]:
+def run_ours(work: Work, staleness: int) -> list[Step]:
     """Steps of `jobs.align`, in a run directory of its own."""
     recipe = ROOT / "jobs" / "recipes" / "quickstart.yaml"
     with tempfile.TemporaryDirectory() as name:
         arguments = [
             f"run={name}",
-            f"align.model={run / 'sft' / 'model'}",
-            f"align.prompts={run / 'corpus' / 'prompts.jsonl'}",
-            f"align.steps={steps}",
+            f"align.model={work.run / 'sft' / 'model'}",
+            f"align.prompts={work.run / 'corpus' / 'prompts.jsonl'}",
+            f"align.steps={work.steps}",
             f"align.max_staleness={staleness}",
             f"align.prompts_per_step={PROMPTS}",
             f"align.group_size={GROUP}",
-            f"align.sampling={{max_tokens: {LONGEST}}}",
+            f"align.sampling={{max_tokens: {work.longest}}}",
             f"align.algorithm={{name: grpo, kl_coef: {KL}}}",
             f"align.optimizer={{lr: {RATE}, weight_decay: 0.0}}",
             "align.schedule={shape: constant, warmup_steps: 2}",
@@ -63,11 +73,12 @@ def run_ours(run: Path, steps: int, staleness: int) -> list[Step]:
     return [Step(r["step_seconds"], r["sampled_tokens"], r["reward/total"]) for r in parsed]
 
 
-def run_trl(run: Path, steps: int, processes: int, vllm: bool, threads: int) -> list[Step]:
+def run_trl(work: Work, processes: int, vllm: bool, threads: int) -> list[Step]:
     """Steps of TRL's trainer, in processes of its own."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "steps.json"
-        command = [sys.executable, __file__, str(run), "--steps", str(steps), "--peer", str(out)]
+        command = [sys.executable, __file__, str(work.run), "--peer", str(out)]
+        command += ["--steps", str(work.steps), "--longest", str(work.longest)]
         command += ["--trl-vllm"] * vllm
         ranks = []
         for rank in range(processes):
@@ -82,7 +93,7 @@ def run_trl(run: Path, steps: int, processes: int, vllm: bool, threads: int) -> 
         return [Step(**row) for row in json.loads(out.read_text())]
 
 
-def be_peer(run: Path, steps: int, out: Path, vllm: bool) -> None:
+def be_peer(work: Work, out: Path, vllm: bool) -> None:
     """TRL's trainer on this rank."""
     import torch
     from datasets import Dataset
@@ -91,7 +102,7 @@ def be_peer(run: Path, steps: int, out: Path, vllm: bool) -> None:
 
     from raylign.rewards.verifiers import verify_arithmetic
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    run, processes = work.run, int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rows = [json.loads(line) for line in (run / "corpus/prompts.jsonl").read_text().splitlines()]
     data = Dataset.from_list(
@@ -126,15 +137,16 @@ def be_peer(run: Path, steps: int, out: Path, vllm: bool) -> None:
                 tokens = logs["completions/mean_length"] * PROMPTS * GROUP
                 found[-1] |= {"tokens": tokens, "reward": logs["reward"]}
 
+    colocated = {"vllm_mode": "colocate", "vllm_max_model_length": work.longest + 160}
     per_device = 64  # rows at once; larger was not faster on this machine
     with tempfile.TemporaryDirectory() as name:
         settings = GRPOConfig(
             output_dir=name,
-            max_steps=steps,
+            max_steps=work.steps,
             per_device_train_batch_size=per_device,
             gradient_accumulation_steps=PROMPTS * GROUP // per_device // processes,
             num_generations=GROUP,
-            max_completion_length=LONGEST,
+            max_completion_length=work.longest,
             temperature=1.0,
             beta=KL,
             loss_type="grpo",
@@ -151,7 +163,7 @@ def be_peer(run: Path, steps: int, out: Path, vllm: bool) -> None:
             bf16=False,
             gradient_checkpointing=False,
             use_vllm=vllm,
-            **({"vllm_mode": "colocate", "vllm_max_model_length": 256} if vllm else {}),
+            **(colocated if vllm else {}),
         )
         model = AutoModelForCausalLM.from_pretrained(run / "sft/model", dtype=torch.float32)
         trainer = GRPOTrainer(
@@ -187,24 +199,23 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--staleness", type=int, default=1)
+    parser.add_argument("--longest", type=int, default=96)
     parser.add_argument("--target", type=float)
     parser.add_argument("--trl-processes", type=int, default=1)
     parser.add_argument("--trl-vllm", action="store_true")
     parser.add_argument("--only", choices=("ours", "trl"))
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    run = options.run.absolute()
+    work = Work(options.run.absolute(), options.steps, options.longest)
     if options.peer:
-        be_peer(run, options.steps, options.peer, options.trl_vllm)
+        be_peer(work, options.peer, options.trl_vllm)
         return
     found: dict[str, list[Step]] = {}
     if options.only != "trl":
-        found["ours"] = run_ours(run, options.steps, options.staleness)
+        found["ours"] = run_ours(work, options.staleness)
     if options.only != "ours":
         processes = options.trl_processes
-        found["TRL"] = run_trl(
-            run, options.steps, processes, options.trl_vllm, max(1, 2 // processes)
-        )
+        found["TRL"] = run_trl(work, processes, options.trl_vllm, max(1, 2 // processes))
     for who, steps in found.items():
         line = f"{who:<6} {rate(steps):>8,.0f} trained tokens/s, {len(steps)} steps"
         line += f", reward {steps[0].reward:.3f} to {steps[-1].reward:.3f}"
