@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from ray.util import placement_group
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -35,9 +37,11 @@ from raylign.models.presets import build_config
 from raylign.run import Draft, Run
 from raylign.tokenization.train import train_bpe
 from raylign.tracking import METRICS_FILE, ProgressBoard, read_lines
+from raylign.training import supervised
 from raylign.training.checkpoints import list_checkpoints
 from raylign.training.compared_rows import ComparedFile
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop
+from raylign.training.reservation import IdleReservations
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "preference"
 PAIRS, LABELLED = REAL / "dpo_en_demo.json", REAL / "kto_en_demo.json"
@@ -101,8 +105,15 @@ def make_recipe(root: Path, **sections: Any) -> Recipe:
 @real
 @pytest.mark.slow
 def test_two_ranks_learn_preferences(
-    ray_cluster: None, start: Path, board: ProgressBoard, tmp_path: Path
+    ray_cluster: None,
+    start: Path,
+    board: ProgressBoard,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What lost its controller holds a core, and is given back because the ranks need it.
+    monkeypatch.setattr(supervised, "IdleReservations", partial(IdleReservations, patience_s=1.0))
+    assert placement_group([{"CPU": 1.0}]).wait(30)
     config = PreferenceConfig(model=str(start), data=PAIRS, sample_prompts=("Hi",), **SMALL)
     run = Run(tmp_path / "run")
     preference.run(make_recipe(run.root, preference=config), run, board)

@@ -13,7 +13,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raylign.training.reservation import (
     IdleReservations,
+    list_reservations,
     note_reservation,
+    release_afterwards,
     release_reservations,
 )
 
@@ -30,6 +32,9 @@ class Owner:
             self.rank = Rank.options(num_cpus=1, scheduling_strategy=place).remote()
             ray.get(self.rank.note.remote(notes), timeout=60)
         return self.group.id.hex()
+
+    def give_back(self) -> None:
+        remove_placement_group(self.group)
 
 
 @ray.remote
@@ -68,3 +73,15 @@ def test_what_killed_trials_held_is_given_back(ray_cluster: None, tmp_path: Path
     assert [read_state(key) for key in (noted, unnoted, used)] == ["REMOVED", "REMOVED", "CREATED"]
     release_reservations(tmp_path)
     remove_placement_group(waiting)
+
+
+@pytest.mark.slow
+def test_what_a_search_leaves_is_given_back_when_it_ends(ray_cluster: None, tmp_path: Path) -> None:
+    others, kept = begin()
+    with pytest.raises(KeyboardInterrupt), release_afterwards():
+        owner, left = begin()
+        ray.kill(owner)
+        raise KeyboardInterrupt
+    assert kept in list_reservations() and left not in list_reservations()
+    ray.get(others.give_back.remote())
+    assert kept not in list_reservations()

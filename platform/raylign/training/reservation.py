@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._raylet import PlacementGroupID
@@ -22,6 +25,8 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+PATIENCE_S = 20.0
+"""How long a group may hold what nothing runs in: longer than a rank's process takes to start."""
 _SUFFIX = ".placement"
 
 
@@ -48,14 +53,33 @@ def release_reservations(directory: Path) -> int:
     return len(notes)
 
 
+def list_reservations() -> dict[str, dict[str, Any]]:
+    """What Ray knows of this job's placement groups that have not been removed."""
+    job = ray.get_runtime_context().get_job_id()  # the last bytes of an identity
+    groups = placement_group_table().items()
+    return {k: v for k, v in groups if k.endswith(job) and v["state"] != "REMOVED"}
+
+
+@contextmanager
+def release_afterwards() -> Iterator[None]:
+    """Remove whatever groups of this job were made during the block and are still there."""
+    before = list_reservations().keys()
+    try:
+        yield
+    finally:
+        for key in list_reservations().keys() - before:
+            _remove(key)
+
+
 class IdleReservations:
     """This job's placement groups in which nothing has run for a while."""
 
-    def __init__(self, patience_s: float, look_s: float = 2.0) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S, look_s: float = 2.0) -> None:
         self._patience_s, self._look_s = patience_s, look_s
-        self._job: str = ray.get_runtime_context().get_job_id()
         self._idle: dict[str, float] = {}
         self._looked = 0.0
+        self.waiting = False
+        """Whether a group of this job waited for resources at the last look."""
 
     def release(self) -> int:
         """Remove those that were idle at every look for `patience_s`, if another group of this job
@@ -64,15 +88,14 @@ class IdleReservations:
         if now - self._looked < self._look_s:
             return 0
         self._looked = now
-        # The last bytes of an identity are the job's.
-        mine = {k: v for k, v in placement_group_table().items() if k.endswith(self._job)}
-        free = ray.available_resources()
+        mine, free = list_reservations(), ray.available_resources()
         self._idle = {
             key: self._idle.get(key, now)
             for key, group in mine.items()
             if group["state"] == "CREATED" and _is_idle(key, group["bundles"], free)
         }
-        if all(group["state"] != "PENDING" for group in mine.values()):
+        self.waiting = any(group["state"] == "PENDING" for group in mine.values())
+        if not self.waiting:
             return 0
         late = [key for key, since in self._idle.items() if now - since >= self._patience_s]
         for key in late:

@@ -34,7 +34,7 @@ from raylign.training.export import ADAPTER, MODEL
 from raylign.training.heartbeat import Laggard, Mark, Pulse, Watch, end_process, locate
 from raylign.training.loop import CHECKPOINTS, SupervisedLoop, SupervisedTask
 from raylign.training.rank import start_rank
-from raylign.training.reservation import note_reservation
+from raylign.training.reservation import IdleReservations, note_reservation
 from raylign.training.room import explain_full, is_out_of_room
 
 POLL_S = 0.5
@@ -67,12 +67,17 @@ def train(task: SupervisedTask, workers: WorkersConfig, bar: Bar) -> dict[str, A
     thread.start()
     watch = Watch(task.output / _HEARTBEATS, task.engine.timeout_s)
     metrics, events = (GrowingLines(task.output / name) for name in (METRICS_FILE, EVENTS_FILE))
-    picture = _Picture(task, metrics)
+    picture, idle = _Picture(task, metrics), IdleReservations()
     try:
         while thread.is_alive():
             thread.join(POLL_S)
             _end_hung(task, watch.look())
-            _show(bar, metrics.read(), events.read())
+            idle.release()  # groups that lost their controller would keep this one waiting
+            rows = metrics.read()
+            if idle.waiting:
+                bar.update(rows[-1]["step"] if rows else 0, _tell_waiting(workers))
+            else:
+                _show(bar, rows, events.read())
             picture.draw()
     except KeyboardInterrupt:
         disconnect()  # else ranks would go on writing where the draft is being removed
@@ -220,6 +225,13 @@ def _require_room(name: str, workers: WorkersConfig) -> None:
                 f"{present.get(kind, 0.0):g} {kind} of the cluster; lower "
                 f"{name}.workers.count or {name}.workers.{kind.lower()}s"
             )
+
+
+def _tell_waiting(workers: WorkersConfig) -> str:
+    free = ray.available_resources()
+    kind, each = ("GPU", workers.gpus) if workers.gpus else ("CPU", workers.cpus)
+    wanted = f"{workers.count} ranks of {each:g} {kind}"
+    return f"waits for room for {wanted}; {free.get(kind, 0.0):g} {kind} are free"
 
 
 def _show(bar: Bar, rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:

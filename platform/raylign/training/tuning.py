@@ -22,15 +22,17 @@ from ray.tune.schedulers import (
 from ray.tune.search import BasicVariantGenerator
 
 from raylign.config import RangeConfig, TuneConfig, UserError
-from raylign.training.reservation import IdleReservations, release_reservations
+from raylign.training.reservation import (
+    IdleReservations,
+    release_afterwards,
+    release_reservations,
+)
 
 STEP = "step"
 FAILURE_FILE = "failure.txt"
 REFUSAL_FILE = "refusal.txt"
 """Why no trial of this search can succeed, once one has found out."""
 EXPERIMENT = "experiment"
-PATIENCE_S = 20.0
-"""How long what a trial had reserved may stay unused while another waits for it."""
 
 Report = Callable[[Mapping[str, float], Path | None], None]
 """A row of metrics with its `step`, and the checkpoint that goes with it, if any."""
@@ -140,7 +142,9 @@ def search(
                 verbose=0,
             ),
         )
-    found = [_describe(result, config, steps, storage) for result in tuner.fit()]
+    with release_afterwards():  # whatever trials were ended without their notice
+        results = tuner.fit()
+    found = [_describe(result, config, steps, storage) for result in results]
     refusal = storage / REFUSAL_FILE
     if refusal.is_file():
         raise SearchError(refusal.read_text(encoding="utf-8"))
@@ -177,7 +181,7 @@ class _Release(tune.Callback):
 
     def __init__(self, storage: Path) -> None:
         self._storage = storage
-        self._idle = IdleReservations(PATIENCE_S)
+        self._idle = IdleReservations()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         self._idle.release()
