@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from ray.actor import ActorHandle
@@ -27,6 +28,9 @@ from raylign.records import Prompt
 from raylign.training.buckets import SyncError
 
 log = logging.getLogger(__name__)
+
+Errand = Callable[[], Coroutine[Any, Any, None]]
+"""Begun where it is awaited: a loop that ends before that leaves nothing half begun."""
 
 
 class RolloutPool:
@@ -84,7 +88,7 @@ class RolloutPool:
         self._manifest = manifest
         self._announce()
         serving = [member for member in self._members.values() if member.serving]
-        await asyncio.gather(*(self._guard(m, self._prove(m)) for m in serving))
+        await asyncio.gather(*(self._guard(m, partial(self._prove, m)) for m in serving))
         while not any(m.version >= manifest.version for m in self._members.values()):
             if self._fatal is not None:
                 raise self._fatal
@@ -207,7 +211,7 @@ class RolloutPool:
         self._born += 1
         self._members[name] = member
         self._on_change(name, "started", "")
-        member.task = self._launch(self._guard(member, self._attend(member)))
+        member.task = self._launch(self._guard(member, partial(self._attend, member)))
         return member
 
     async def _attend(self, member: Member) -> None:
@@ -220,10 +224,10 @@ class RolloutPool:
         self._announce()
         await member.watch(self._config.stall_s, self._hear)
 
-    async def _guard(self, member: Member, errand: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, member: Member, errand: Errand) -> None:
         """A worker that fails an errand is given up."""
         try:
-            await errand
+            await errand()
         except LOST as error:
             self._lose(member, error)
 
@@ -335,7 +339,7 @@ class RolloutPool:
     def _forget(self, work: Work) -> None:
         """Stop sampling what nobody waits for any longer."""
         if work.future.cancelled() and work.holder is not None:
-            errand = work.holder.withdraw([work.key])
+            errand = partial(work.holder.withdraw, [work.key])
             self._launch(self._guard(work.holder, errand))
 
     def _place_soon(self) -> None:
@@ -347,7 +351,7 @@ class RolloutPool:
     def _place(self) -> None:
         self._placing = False
         for member in self._queue.place(self._members.values()):
-            self._launch(self._guard(member, member.send()))
+            self._launch(self._guard(member, member.send))
         self._idle.count(sum(len(member.work) for member in self._members.values()))
 
     def _hear(self, member: Member, answers: tuple[Answer, ...]) -> None:
@@ -373,7 +377,7 @@ class RolloutPool:
             deadline = f"no answer in {self._config.deadline_s:g} s"
             member.work[key].losses.append(f"{member.name}: {deadline}")
         if late:
-            self._launch(self._guard(member, member.withdraw(late)))
+            self._launch(self._guard(member, partial(member.withdraw, late)))
         if answers:
             self._announce()
 

@@ -103,7 +103,7 @@ def test_a_worker_with_a_plain_function_has_no_torch(start: Start) -> None:
 def test_whatever_a_completion_does_its_siblings_are_scored_as_if_it_had_never_been(
     start: Start, tmp_path: Path
 ) -> None:
-    pool, scorer = start(timeout_s=3, attempts=2)
+    pool, scorer = start(timeout_s=6, attempts=2)
     clean, none = score(scorer, "a", "bb", "ccc")
     assert clean == {"a": 1.0, "bb": 2.0, "ccc": 3.0} and not none
     started = time.monotonic()

@@ -308,6 +308,13 @@ def test_judges_and_critics_have_their_curves(tmp_path: Path) -> None:
     assert "| same verdict in both orders |" in text and "| explained variance |" in text
 
 
+def test_parts_of_the_reward_that_policies_gain_without_are_seen(tmp_path: Path) -> None:
+    metrics = [{"step": s, "reward/total": 0.3 * s, "agreement/truth": -0.2 * s} for s in range(3)]
+    build(make_run(tmp_path / "run", [], metrics=metrics), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Agreement of the reward's parts" in text and "| truth |" in text
+
+
 def test_a_table_of_incidents_keeps_to_what_is_rare(tmp_path: Path) -> None:
     events = [{"time": float(i), "actor": f"r{i}", "what": "serves"} for i in range(500)]
     events.append({"time": 600.0, "actor": "r7", "what": "lost", "text": "no answer"})

@@ -16,7 +16,9 @@ from raylign.run import Run, write_json
 from raylign.tracking import ProgressBoard, append_rows
 
 
-def make_run(root: Path, seed: int, rewards: list[float], scores: dict[str, float]) -> Path:
+def make_run(
+    root: Path, seed: int, rewards: list[float], scores: dict[str, float], task: str = "arithmetic"
+) -> Path:
     run = Run(root)
     with run.write("align", {"seed": seed}, {}) as draft:
         rows: list[dict[str, Any]] = [
@@ -26,7 +28,7 @@ def make_run(root: Path, seed: int, rewards: list[float], scores: dict[str, floa
         append_rows(draft.path / "metrics.jsonl", rows)
     if scores:
         measured = {m: {"value": v, "stderr": 0.01, "n": 200} for m, v in scores.items()}
-        results = {"models": list(scores), "tasks": {"arithmetic": {"metric": {"exact": measured}}}}
+        results = {"models": list(scores), "tasks": {task: {"metric": {"exact": measured}}}}
         with run.write("evaluate", {}, {}) as draft:
             write_json(draft.path / "results.json", results)
     return root
@@ -119,3 +121,14 @@ def test_a_name_must_say_something(tmp_path: Path, given: str, said: str) -> Non
     (tmp_path / "r.yaml").write_text(f"run: {tmp_path}\n")
     with pytest.raises(ConfigError, match=said):
         load_recipe(tmp_path / "r.yaml", [given])
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("arithmetic", "arithmetic problems"), ("episodes", "problems, in episodes")],
+)
+def test_the_headline_says_what_was_answered(tmp_path: Path, task: str, said: str) -> None:
+    run = make_run(tmp_path / "run", 0, [0.1, 0.2], {"sft": 0.25, "rl": 0.5}, task)
+    build_report(run, tmp_path / "out", {})
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"Correct answers to 200 held-out {said}" in text

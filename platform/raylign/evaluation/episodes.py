@@ -69,7 +69,8 @@ def evaluate_episodes(
 
 def _read_rows(corpus: Path) -> list[dict[str, Any]]:
     text = require_data(corpus / "held_out.jsonl", EPISODES).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    # Not splitlines(): a JSON string may hold U+2028 and its like, which that takes for ends.
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _to_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:

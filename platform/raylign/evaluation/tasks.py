@@ -62,7 +62,8 @@ def write_tasks(names: Sequence[str], corpus: Path, directory: Path, max_tokens:
     cache = json.dumps(str(directory / "cache"))
     if "arithmetic" in names:
         data = require_data(corpus / "held_out.jsonl", "arithmetic")
-        rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines(): a JSON string may hold U+2028 and its like, which that takes for ends.
+        rows = [json.loads(line) for line in data.read_text("utf-8").split("\n") if line]
         digits = sorted({count_digits(row["key"]) for row in rows})
         metrics = ["exact", "format", *(digit_metric(d) for d in digits)]
         lines = [f"  - {{metric: {m}, aggregation: mean, higher_is_better: true}}" for m in metrics]

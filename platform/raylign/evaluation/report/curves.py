@@ -27,6 +27,13 @@ _CURVES: tuple[tuple[str, dict[str, tuple[str, str]], str, dict[str, Any]], ...]
         {"floor": 0.0},
     ),
     (
+        "Agreement of the reward's parts",
+        {},
+        "Correlation of each part with the reward that is learned, over a step's completions. A "
+        "part that falls towards 0, or below, is one that the policy gains reward without.",
+        {},
+    ),
+    (
         "KL to the reference",
         {"kl": ("KL", "rl")},
         "How far the policy has moved from the model it began as. Slow growth is healthy; a sudden "
@@ -157,7 +164,11 @@ _CURVES: tuple[tuple[str, dict[str, tuple[str, str]], str, dict[str, Any]], ...]
 
 
 # Of these curves, the series that the run names itself begin with this.
-_FAMILIES = {"Reward": "reward/", "Workers": "workers/"}
+_FAMILIES = {
+    "Reward": "reward/",
+    "Agreement of the reward's parts": "agreement/",
+    "Workers": "workers/",
+}
 _FAMILY_COLORS = ("generate", "score", "learn", "sync", "ink", "data")
 
 
