@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from jobs.head import watch_head
 from raylign.config import Recipe, Section, UserError, load_recipe
 from raylign.models.hub import identify_model, locate_model
 from raylign.run import (
@@ -236,6 +237,7 @@ def perform(
             f"redo={name} to discard it and all that were made from it"
         )
     connect()
+    watch_head()
     with run.write(name, settings, parents, resume, keeping) as draft:
         build(draft)
     finished = run.require(name, name)

@@ -159,6 +159,11 @@ def _has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def is_connected() -> bool:
+    """Whether this process has joined Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
 def disconnect() -> None:
     """Leave Ray, and stop the private cluster if this process started one."""
     if "ray" in sys.modules:

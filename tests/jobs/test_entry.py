@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE = """
 import time
 from jobs.entry import main
+from jobs.head import watch_head
 from raylign.config import UserError
 from raylign.runtime import connect
 
@@ -42,6 +44,7 @@ def work(recipe, run, board):
             raise ZeroDivisionError("oh")
         if ending == "wait on Ray":
             connect()
+            watch_head(patience_s=2)
         if ending.startswith("wait"):
             print("waiting", flush=True)
             time.sleep(60)
@@ -154,6 +157,20 @@ def test_an_interrupt_is_130_and_leaves_nothing(
     assert (status, lines) == (130, ["interrupted; finished stages are kept, rerun to continue"])
     assert time.monotonic() - started < 20
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_head_that_is_gone_is_one_line(job) -> None:
+    process = job("run: run\nalign: {reward: {source: wait on Ray}}\n")
+    assert process.stdout.readline() == "waiting\n"
+    family = psutil.Process(process.pid).children(recursive=True)
+    heads = [p for p in family if "gcs_server" in p.name()]
+    assert len(heads) == 1
+    heads[0].kill()
+    status, lines = end(process)
+    assert status == 2 and lines[-1].startswith("error: Ray's head at ")
+    assert "the same command goes on" in lines[-1]
+    assert not psutil.wait_procs(family, timeout=10)[1], "nobody is left waiting"
 
 
 @pytest.fixture
