@@ -191,7 +191,9 @@ class Dispatcher:
 
     async def _make_group(self, step: int, request: RolloutRequest) -> Group:
         """A group that is found on disk, of an interrupted attempt, or asked for."""
-        known = await asyncio.to_thread(self._files.take_group, request.group)
+        known = None
+        if self._files.may_know(request.group):
+            known = await asyncio.to_thread(self._files.take_group, request.group)
         if known is not None:
             self._made.setdefault(step, []).append(known)
             return known

@@ -122,10 +122,8 @@ class RewardPool:
         before = self.count
         self._leaving -= min(self._leaving, max(count - self.count, 0))
         newcomers = [self._enlist() for _ in range(count - self.count)]
-        found = await asyncio.gather(
-            *(asyncio.wait_for(self._load(name), _JOIN_S) for name in newcomers),
-            return_exceptions=True,
-        )
+        joining = (self._load(name, _JOIN_S) for name in newcomers)
+        found = await asyncio.gather(*joining, return_exceptions=True)
         for name, error in zip(newcomers, found, strict=True):
             if error is None:
                 self._give_back(name)
@@ -187,12 +185,10 @@ class RewardPool:
         name = await self._borrow()
         try:
             if name not in self._memory:
-                await asyncio.wait_for(self._load(name), _START_S)
+                await self._load(name, _START_S)
             own = allow_seconds(self._config, len(trajectories))
-            found: Measurement = await asyncio.wait_for(
-                self._workers[name].measure.remote(trajectories, prompt),
-                self._config.timeout_s + own,
-            )
+            async with asyncio.timeout(self._config.timeout_s + own):
+                found: Measurement = await self._workers[name].measure.remote(trajectories, prompt)
             if found.memory - self._memory[name] > _GROWTH:
                 grown = (found.memory - self._memory[name]) / 2**30
                 self._replace(name, f"it grew by {grown:.1f} GiB")
@@ -216,8 +212,9 @@ class RewardPool:
         self._workers[name] = self._spawn(name)
         return name
 
-    async def _load(self, name: str) -> None:
-        self._memory[name] = await self._workers[name].load.remote()
+    async def _load(self, name: str, deadline_s: float) -> None:
+        async with asyncio.timeout(deadline_s):
+            self._memory[name] = await self._workers[name].load.remote()
 
     def _replace(self, name: str, reason: str) -> None:
         ray.kill(self._workers[name])

@@ -172,7 +172,8 @@ class Member:
     async def wake(self, deadline_s: float) -> None:
         """Wait until its generator is ready. Raises `Stalled`."""
         try:
-            await asyncio.wait_for(self._handle.ping.remote(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._handle.ping.remote()
         except TimeoutError:
             raise Stalled(
                 f"not started within {deadline_s:g} s; is there room for it in the cluster?"
@@ -184,7 +185,8 @@ class Member:
         """Have it prove a version. Raises `Stalled`."""
         call = self._handle.adopt.remote(manifest, tolerance, restart)
         try:
-            proof: SyncProof = await asyncio.wait_for(call, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                proof: SyncProof = await call
         except TimeoutError:
             raise Stalled(
                 f"version {manifest.version} not proved within {deadline_s:g} s"
@@ -198,9 +200,9 @@ class Member:
         """Pass on what it finishes, for ever. Raises one of `LOST` when it is no longer of use."""
         while True:
             try:
-                pulse: Pulse = await asyncio.wait_for(
-                    self._handle.pulse.remote(PULSE_S), stall_s + PULSE_S
-                )
+                # Not wait_for: Python 3.11's may swallow a cancellation, and this would go on.
+                async with asyncio.timeout(stall_s + PULSE_S):
+                    pulse: Pulse = await self._handle.pulse.remote(PULSE_S)
             except TimeoutError:
                 raise Stalled(f"silent for {stall_s:g} s") from None
             now = time.monotonic()

@@ -352,7 +352,7 @@ class RolloutPool:
         self._placing = False
         for member in self._queue.place(self._members.values()):
             self._launch(self._guard(member, member.send))
-        self._idle.count(sum(len(member.work) for member in self._members.values()))
+        self._idle.note(any(member.work for member in self._members.values()))
 
     def _hear(self, member: Member, answers: tuple[Answer, ...]) -> None:
         """What a worker has finished, or let go of."""

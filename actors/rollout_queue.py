@@ -56,6 +56,8 @@ class RolloutQueue:
     def place(self, members: Iterable[Member]) -> list[Member]:
         """Hand out parcels in their order, each to the least loaded worker that may have it;
         returns the workers that got some."""
+        if not self._parcels:
+            return []  # of thousands of workers, nobody needs to be looked at
         heap = [(m.load, m.number, m) for m in members if m.has_room(self._most)]
         heapq.heapify(heap)
         handed: dict[str, Member] = {}
@@ -110,19 +112,19 @@ class IdleClock:
     """Seconds without a request in flight."""
 
     def __init__(self) -> None:
-        self._in_flight = 0
+        self._busy = False
         self._since: float | None = None
         self._seconds = 0.0
 
-    def count(self, in_flight: int) -> None:
-        """So many requests are in flight now."""
+    def note(self, busy: bool) -> None:
+        """Whether any request is in flight now."""
         now = time.monotonic()
-        if in_flight and self._since is not None:
+        if busy and self._since is not None:
             self._seconds += now - self._since
             self._since = None
-        elif self._in_flight and not in_flight:
+        elif self._busy and not busy:
             self._since = now
-        self._in_flight = in_flight
+        self._busy = busy
 
     def take(self) -> float:
         """Since it was last asked."""

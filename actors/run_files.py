@@ -70,6 +70,8 @@ class RunFiles:
         self.checkpoints = stage / CHECKPOINTS
         self.batches = BatchFiles(stage / BATCHES)
         self._groups = stage / GROUPS
+        self._known: set[str] | None = None
+        """Files of groups that an earlier attempt had made."""
 
     def find_start(self) -> Start:
         """The newest checkpoint that is whole, and the batches after it."""
@@ -151,6 +153,12 @@ class RunFiles:
         self._groups.mkdir(exist_ok=True)
         batch = LearnerBatch(step, every, (0,) * len(every), {}, record)
         write_batch(self._file(group.request), batch, flush=False)
+
+    def may_know(self, request: str) -> bool:
+        """Whether `take_group` is worth asking: costs no look at the disk but the first time."""
+        if self._known is None:
+            self._known = {file.name for file in self._groups.glob("*.safetensors")}
+        return self._file(request).name in self._known
 
     def take_group(self, request: str) -> Group | None:
         """The group of a request if it was made before; None when not, or damaged."""

@@ -156,12 +156,12 @@ def test_idle_seconds_are_those_between_requests(monkeypatch: pytest.MonkeyPatch
     clock = IdleClock()
     for at, in_flight in ((1, 2), (4, 1), (5, 0), (7, 3), (8, 0), (8.5, 1)):
         now[0] = at
-        clock.count(in_flight)
+        clock.note(bool(in_flight))
     assert clock.take() == 2.5 and clock.take() == 0.0
     for at, in_flight in ((9, 0), (10, None), (12, 1)):  # a stretch that goes on counts, too
         now[0] = at
         if in_flight is not None:
-            clock.count(in_flight)
+            clock.note(bool(in_flight))
         assert clock.take() == {9: 0.0, 10: 1.0, 12: 2.0}[at]
 
 

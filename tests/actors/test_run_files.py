@@ -76,7 +76,9 @@ def test_groups_are_found_again_until_their_step_is_learned(tmp_path: Path) -> N
     lost = Rejection("p", "3/7", "prompt lost")
     files.keep_group(3, Group(batch.trajectories, (lost, out), "3/7"))
     files.keep_group(31, Group((), (lost,), "31/0"))
-    found = RunFiles(tmp_path).take_group("3/7")
+    again = RunFiles(tmp_path)
+    assert again.may_know("3/7") and not again.may_know("3/8")
+    found = again.take_group("3/7")
     assert found is not None and found.rejected == (lost, out) and found.request == "3/7"
     assert found.rejected[0].trajectory is None and found.rejected[1].trajectory is not None
     assert describe_sample(found.rejected[1].trajectory) == describe_sample(out.trajectory)

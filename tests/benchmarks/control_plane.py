@@ -88,7 +88,8 @@ class StubWorker:
         if not self._answers:
             self._some.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._some.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._some.wait()
         answers, self._answers = tuple(self._answers), []
         return Pulse(answers, self._steps, False, "")
 
