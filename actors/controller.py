@@ -102,10 +102,6 @@ class Controller:
         workers failed.
         """
         start = await asyncio.to_thread(self._files.find_start)
-        # What was imported stays for good, and samples are freed by counting: with a collector that
-        # looked at all of it every 700 objects, a tenth of this process's time would go there.
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
         self._restore(start)
         self._crew.rollouts.begin()  # to load while the learner does
         manifest, again = await self._relearn(start)
@@ -114,6 +110,10 @@ class Controller:
         await self._crew.rollouts.start(manifest)
         pools = {"rollouts": self._scaling.scale, **self._crew.scorer.scalable}
         wishes = asyncio.create_task(grant_wishes(self._files.stage, pools, self._journal))
+        # What was imported stays for good, and samples are freed by counting: with a collector that
+        # looked at all of it every 700 objects, a tenth of this process's time would go there.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         try:
             self._dispatcher.begin_at(self._step, self._branch)
             self._dispatcher.allow(self._step)
@@ -132,6 +132,7 @@ class Controller:
                 self._sync.cancel()
             await self._dispatcher.cancel("in flight when the run ended")
             self._ledger.close()
+            gc.unfreeze()  # libraries tell of what is still there at the end
         return self._ledger.totals
 
     def _restore(self, start: Start) -> None:
