@@ -71,11 +71,11 @@ def test_mistakes_are_reported_for_every_source(tmp_path: Path) -> None:
         ("a.txt", b"Once upon a time", "text"),
         ("a.bin", b"\0\1\2", "binary"),
         ("a.arc", b"filedesc://x 0 0 text/plain 0\n", "arc"),
-        ("a.warc.gz", gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\n"), "warc"),
+        ("a.warc.gz", gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\n", mtime=0), "warc"),
         (
             "a.wet.gz",
-            gzip.compress(b"WARC/1.0\r\n\r\n\r\n")
-            + gzip.compress(b"WARC/1.0\r\nWARC-Type: conversion\r\n"),
+            gzip.compress(b"WARC/1.0\r\n\r\n\r\n", mtime=0)
+            + gzip.compress(b"WARC/1.0\r\nWARC-Type: conversion\r\n", mtime=0),
             "wet",
         ),
         ("a.gz", b"\x1f\x8bno", "binary"),
