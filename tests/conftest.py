@@ -6,6 +6,9 @@ import os
 
 # Before torch is imported: compilation costs more than these models' whole runs.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Tests run side by side: threads of several that wait for each other by spinning take the cores
+# from whoever works.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
