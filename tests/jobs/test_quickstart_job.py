@@ -151,6 +151,7 @@ def test_an_interrupted_alignment_goes_on_where_it_was_and_takes_turns(
         f"run={root}",
         "align.steps=8",
         "align.max_staleness=0",
+        "align.rollout.count=1",
         "align.reward.source=tests.jobs.user_rewards:misbehave",
     )
     process = launch("quickstart", *settings, "redo=align")
