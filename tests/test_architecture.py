@@ -57,6 +57,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "bas
 
 # Broad handlers stand at the edge of a process or thread, or around code that is not ours.
 BROAD_HANDLERS = {
+    "raylign.runtime": "Ray's start raises a bare Exception; all but that one go on",
     "raylign.rewards.scoring": "a user's reward function may raise anything; it is counted",
     "raylign.outbox": "the edge of a thread: what files and sinks raise is counted",
     "raylign.inference.serving": "the edge of the generator's thread: waiting callers must hear",

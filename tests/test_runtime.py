@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -81,6 +82,35 @@ def test_an_unreachable_address_is_said_at_once(address: str) -> None:
     done = run_alone(code)
     assert f"UserError: ray.address='{address}' cannot be joined" in done.stderr.splitlines()[-1]
     assert time.monotonic() - started < 60  # Ray itself tries for many minutes
+
+
+@pytest.mark.slow
+def test_a_machine_too_busy_to_start_ray_is_one_line() -> None:
+    """Its node does not register in time; the clock is Ray's own, and goes faster here."""
+    code = (
+        "import itertools, time, types\nimport ray._private.node as node\n"
+        "from ray._private import services\nfrom raylign.config import RayConfig\n"
+        "from raylign.runtime import connect\nclock = itertools.count(step=20)\n"
+        "node.time = types.SimpleNamespace(**vars(time) | {'monotonic': lambda: next(clock)})\n"
+        "def absent(*names): raise RuntimeError('not registered')\n"
+        "services.get_node = absent\nconnect(RayConfig(num_cpus=1))"
+    )
+    done = run_alone(code, RAYLIGN_TEST_MARK="busy")
+    last = done.stderr.splitlines()[-1]
+    assert "UserError: Ray did not start within half a minute" in last, done.stderr
+    for _ in range(100):
+        left = [p for p in psutil.process_iter() if is_marked(p, "busy")]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get("RAYLIGN_TEST_MARK") == mark
+    except psutil.Error:
+        return False
 
 
 @pytest.mark.slow

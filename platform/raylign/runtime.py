@@ -75,7 +75,7 @@ def connect(config: RayConfig | None = None) -> None:
     """Join the submitted job's cluster, the configured one, or a private local one; once.
 
     Never joins a cluster that merely happens to run on this machine. Raises `UserError` when the
-    cluster cannot be reached.
+    cluster cannot be reached, or a private one does not start.
     """
     import ray
 
@@ -107,6 +107,13 @@ def connect(config: RayConfig | None = None) -> None:
         raise UserError(
             f"ray.address={address!r} cannot be joined ({reason}); start a cluster there with "
             "`ray start --head`, or leave ray.address out for a private one"
+        ) from None
+    except Exception as error:  # Ray has no type for this one
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start within half a minute: this machine is too busy, or short of memory; "
+            "run the same again when it has room"
         ) from None
 
 

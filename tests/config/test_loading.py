@@ -186,6 +186,11 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             "r.yaml:4: align: adapter.rank has no effect with peft=none; leave it out, or choose",
         ),
         (
+            "align:\n  peft: lora\n  adapter: {rank: 513}\n  sampling: {max_tokens: 5, top_k: 3, "
+            "temperature: 1.0, top_p: 0.5}\n  transfer: {adapter_only: true}",
+            "r.yaml:3: align: adapter.rank=513: vLLM serves adapters up to 512; lower it, or leave",
+        ),
+        (
             "prepare:\n  sources:\n    - kind: textbook\n    - kind: pidoc\n",
             "r.yaml:4: prepare.sources.1.kind='pidoc': input should be ",
         ),

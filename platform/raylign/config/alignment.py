@@ -27,6 +27,9 @@ from raylign.config.training import (
     check_warmup,
 )
 
+SERVED_RANK = 512
+"""Largest rank of an adapter that vLLM (0.32) serves beside a base."""
+
 
 class LearnerConfig(Section):
     """Ranks that learn."""
@@ -177,6 +180,12 @@ class AlignConfig(Section):
         if self.transfer.adapter_only and self.peft != "lora":
             raise ValueError(
                 f"transfer.adapter_only needs peft=lora, not {self.peft}; leave it out"
+            )
+        rank = self.adapter.rank or 0
+        if self.transfer.adapter_only and self.rollout.backend == "vllm" and rank > SERVED_RANK:
+            raise ValueError(
+                f"adapter.rank={rank}: vLLM serves adapters up to {SERVED_RANK}; lower it, or "
+                "leave transfer.adapter_only out, and the adapter is folded in"
             )
         return self
 
