@@ -17,7 +17,9 @@ import pytest
 from actors.judge import JudgePool, Tempo
 from raylign.config import JudgeConfig, UserError
 from raylign.records import Prompt, Trajectory
+from raylign.rewards.lessons import SEPARATORS
 from raylign.rewards.outcomes import Rejection
+from raylign.tracking import read_lines
 from tests.inference.service import Asked, Service, Told, serve
 from tests.tiny_model import write_speller
 
@@ -372,3 +374,9 @@ def test_a_judge_held_to_its_form_grows_with_the_queue(ray_cluster: None, tmp_pa
     assert {round(mark * 9, 6) for mark in marks} <= set(range(10)) and len(set(marks)) > 3
     silent = {value.detail for value in found if isinstance(value, Rejection)}
     assert silent <= {"by its own word"}
+    # To the letter the form in which judges are taught to write.
+    [file] = (tmp_path / "verdicts").rglob("answers-*.jsonl")
+    written = [row["text"] for row in read_lines(file) if row["finish_reason"] == "stop"]
+    comma, colon = SEPARATORS
+    form = rf'{{"reason"{colon}"(?:[^"\\]|\\.)*"{comma}"score"{colon}(?:null|\d+)}}'
+    assert len(written) >= 16 and all(re.fullmatch(form, text, re.DOTALL) for text in written)

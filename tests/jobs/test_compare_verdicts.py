@@ -36,7 +36,7 @@ def test_every_completion_becomes_a_question_with_its_verdict(
             "id": name,
             "messages": [
                 {"role": "user", "content": rubric.render(prompt, [text], "", special)},
-                {"role": "assistant", "content": f'{{"score": {len(set(text))}}}'},
+                {"role": "assistant", "content": f'{{"score":{len(set(text))}}}'},
             ],
         }
         for (name, prompt, text), _ in judged.items()

@@ -14,6 +14,11 @@ from raylign.rewards.rubric import Rubric
 Lesson = tuple[str, str]
 """Question and verdict."""
 
+SEPARATORS = (",", ":")
+"""Of a verdict's parts, without the blanks that JSON allows: vLLM, which holds a judge to the form
+of its verdict, lets none through. A judge that had learned to write them would be led off its way
+just before its mark, and might give the same to all."""
+
 
 def list_lessons(
     rubric: Rubric,
@@ -55,10 +60,11 @@ def write_mark(reward: float, scale: tuple[int, int]) -> str:
             "the totals of completions are between 0 and 1, or set compare.verdicts.compare=true"
         )
     low, high = scale
-    return json.dumps({"score": low + math.floor(reward * (high - low) + 0.5)})
+    mark = low + math.floor(reward * (high - low) + 0.5)
+    return json.dumps({"score": mark}, separators=SEPARATORS)
 
 
 def write_choice(first: float, second: float) -> str:
     """The verdict on two completions with these rewards."""
     better = "tie" if first == second else "first" if first > second else "second"
-    return json.dumps({"better": better})
+    return json.dumps({"better": better}, separators=SEPARATORS)
