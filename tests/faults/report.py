@@ -100,6 +100,7 @@ def format_row(row: Row, outcome: Outcome | None, note: str) -> str:
         both = (outcome.detected_s, outcome.recovered_s)
         held, times = "yes", ["" if s is None else f"{s:.1f}" for s in both]
         lost = "" if outcome.lost is None else str(outcome.lost)
+    note = re.sub(r"\b(?!127\.)\d+(?:\.\d+){3}:\d+", "HOST:PORT", note)
     seen = note if len(note) <= LONGEST_NOTE else note[: LONGEST_NOTE - 3] + "..."
     today = str(datetime.now(UTC).date())
     cells = [row.number, row.title, row.expected, held, *times, lost, seen, today]
